@@ -1,0 +1,30 @@
+# Sourced by demo.sh and test.sh, from the repository's root: makes .venv where it is missing, installs the two
+# requirement files where they changed since, and leaves the environment's interpreter in $python.
+# PYTHON names the interpreter that makes the environment (default: python3); it must be 3.11 or newer.
+
+setup_venv() {
+    local base=${PYTHON:-python3} stamp wanted
+    python=$PWD/.venv/bin/python
+    if [ ! -x "$python" ] || ! "$python" -c '' 2>/dev/null; then
+        command -v "$base" >/dev/null || { echo "$base: not found; set PYTHON to a Python of 3.11 or newer" >&2; return 1; }
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "$base is $("$base" -V 2>&1); set PYTHON to a Python of 3.11 or newer" >&2
+            return 1
+        }
+        echo "Making the virtual environment .venv with $("$base" -V 2>&1)"
+        # --clear: what an interrupted call or a removed interpreter left there is of no use
+        "$base" -m venv --clear .venv || {
+            echo "could not make .venv; on Debian and Ubuntu: apt install python3-venv" >&2
+            return 1
+        }
+    fi
+    stamp=.venv/requirements-installed
+    wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "Installing requirements.txt and requirements-dev.txt into .venv (once, a few minutes)"
+        "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt || return 1
+        echo "$wanted" >"$stamp"
+    fi
+}
+
+setup_venv

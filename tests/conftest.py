@@ -1,0 +1,58 @@
+"""What the tests share: small images on disk, and the command line of a run that takes a second."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")  # no test waits for a network
+torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
+
+TINY_MODEL = ["--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict:
+    """Values that the paper's own code computes (OscarXZQ/weight-selection at e9b6d0c)."""
+    return json.loads((Path(__file__).parent / "reference_values.json").read_text())
+
+
+def write_images(root: Path, split: str, classes: dict[str, int], size: int = 32, seed: int = 0) -> None:
+    """A folder of JPEG files for each class, each class with a brightness of its own under the noise."""
+    generator = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(classes.items()):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for image in range(count):
+            pixels = generator.integers(0, 100, (size, size, 3)) + 70 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image:03}.jpg")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """40 training and 11 evaluation images of 3 classes, 32 px, as `--data_set image_folder` reads them."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root, "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
+    write_images(root, "val", {"dark": 4, "grey": 4, "light": 3}, seed=2)
+    return root
+
+
+@pytest.fixture
+def tiny_run(image_folder, tmp_path):
+    """The options of a two-epoch run on `image_folder`, five updates an epoch; more options can be put behind."""
+
+    def options(*more: str, output_dir: Path | str = tmp_path / "run") -> list[str]:
+        run = ["--data_set", "image_folder", "--data_path", str(image_folder), "--input_size", "32", "--device", "cpu",
+            "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "8", "--num_workers", "0", "--lr", "1e-3"]  # fmt: skip
+        return [*TINY_MODEL, *run, "--output_dir", str(output_dir), *map(str, more)]
+
+    return options
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log.txt."""
+    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]

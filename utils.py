@@ -1,0 +1,131 @@
+"""What every module may use: seeding, the error a user sees, logging set-up, the record of the environment."""
+
+import enum
+import importlib.metadata
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its message is the one line printed before the scripts end with code 1."""
+
+
+class Stream(enum.IntEnum):
+    """What a seed is derived for: the first part of every derived seed, so that no two uses of a run's seed share draws."""
+
+    ORDER = 101  # of the images, by epoch
+    IMAGE = 102  # its augmentation, by epoch and index
+    MIX = 103  # mixup and cutmix, by step and chunk
+    FRACTION = 104  # which images --data_fraction keeps
+    SPLIT = 105  # of the data sets that have none
+    MODEL = 106  # dropout and drop path, by step and chunk
+
+
+def derive_seed(stream: Stream, *parts: int) -> int:
+    """A 64-bit seed that depends on the stream and the non-negative `parts` alone, on any machine."""
+    return int(np.random.SeedSequence((stream, *parts)).generate_state(1, np.uint64)[0])
+
+
+def permutation(count: int, stream: Stream, *parts: int) -> np.ndarray:
+    """An order of `count` things from a derived seed; int64 [count]."""
+    # RandomState's stream is frozen by numpy's policy, that of default_rng is not
+    return np.random.RandomState(derive_seed(stream, *parts) % 2**32).permutation(count)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's global and torch's CPU generator; the device's generators are left as they are."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines of explanation below; its class name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place: `path` is the old or the new file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # a full disk shows as OSError in Python's own writes, as RuntimeError in torch.save
+        if isinstance(error, OSError | RuntimeError):
+            raise UserError(
+                f"{path} could not be written ({first_line(error)}); what was there before is untouched"
+            ) from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself has to survive a power cut
+    finally:
+        os.close(directory)
+
+
+def start_logging(*, quiet: bool = False) -> None:
+    """Log lines of `INFO` and above to stderr as they are; with `quiet` only warnings, as on ranks other than 0."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.WARNING if quiet else logging.INFO)
+    for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def run_script(main) -> int:
+    """Run a script's `main` and return its exit code; a user's mistake is one line on stderr and code 1."""
+    try:
+        main()
+    except UserError as error:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def environment(device: torch.device, processes: int) -> dict:
+    """What a run ran on: versions, device, processes, threads, host; plain values."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def revision() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None outside a git checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude",
+        "*",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
