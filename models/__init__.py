@@ -1,0 +1,136 @@
+"""Models by name, the paper's short names before timm's, and the fit of weights to them."""
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Mapping
+
+import timm
+import torch
+from timm.models import ConvNeXt, VisionTransformer, get_deprecated_models, is_model, list_models, list_pretrained
+from torch import Tensor, nn
+
+from models import convnext, vision_transformer
+from utils import UserError, first_line
+
+VARIANTS = {**vision_transformer.VARIANTS, **convnext.VARIANTS}
+FAMILIES = {"vit": VisionTransformer, "convnext": ConvNeXt}
+DEFAULT_STUDENT = {"vit": "vit_tiny", "convnext": "convnext_femto"}
+
+# names of timm 0.6.12 that timm 1.x neither has nor maps to a new one
+WITHOUT_SUCCESSOR = frozenset(
+    "beit_base_patch16_224_in22k beit_large_patch16_224_in22k beitv2_base_patch16_224_in22k "
+    "beitv2_large_patch16_224_in22k densenet121d densenet264 densenet264d_iabn ese_vovnet99b_iabn gluon_xception65 "
+    "maxvit_base_224 maxvit_large_224 maxvit_small_224 maxvit_tiny_224 maxvit_xlarge_224 regnety_040s_gn "
+    "resnetv2_50d_evob semobilevit_s".split()
+)
+
+
+def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
+    """timm's name and constructor arguments of the model `name`, `kwargs` before the defaults of our short names.
+
+    Names of timm 0.6.12 are mapped to their successors. Raises UserError with the nearest names for an unknown one.
+    """
+    if name in VARIANTS:
+        timm_name, defaults = VARIANTS[name]
+        return timm_name, {**defaults, **kwargs}
+    if name.startswith("hf-hub:"):
+        return name, dict(kwargs)
+    name = get_deprecated_models().get(name) or name
+    if is_model(name.partition(".")[0]) and name not in get_deprecated_models():
+        return name, dict(kwargs)
+    known = [*VARIANTS, *list_models(), *list_pretrained()]
+    nearest = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4))
+    reason = "was dropped by timm 1.x without a successor" if name in WITHOUT_SUCCESSOR else "is not a model"
+    raise UserError(f"{name} {reason} (timm {timm.__version__}); nearest names: {nearest}")
+
+
+def create(name: str, kwargs: dict, *, pretrained: bool = False, device: str = "cpu") -> nn.Module:
+    """The model `name` built with `kwargs`; on device "meta" it has shapes and no values.
+
+    Raises UserError for an unknown name and for arguments that the constructor does not take.
+    """
+    timm_name, arguments = timm_arguments(name, kwargs)
+    try:
+        with torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # timm on its own old names, handled above
+            return timm.create_model(timm_name, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{name} cannot be built with {arguments}: {first_line(error)}") from error
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_size: int,
+    drop_path: float = 0.0,
+    layer_scale_init_value: float = 1e-6,
+    head_init_scale: float = 1.0,
+    model_kwargs: dict | None = None,
+) -> nn.Module:
+    """A model to train, randomly initialized from torch's global generator.
+
+    `input_size` (pixels) reaches every model whose positions depend on it. The two ConvNeXt settings reach the
+    short names alone: timm's variants bring their own (`model_kwargs` changes them).
+    """
+    kwargs = {"num_classes": num_classes}
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    if name in convnext.VARIANTS:
+        kwargs |= {"ls_init_value": layer_scale_init_value, "head_init_scale": head_init_scale}
+    elif head_init_scale != 1.0:
+        raise UserError(f"--head_init_scale {head_init_scale} is for convnext_* only, but --model is {name}")
+    given = {**kwargs, **(model_kwargs or {})}
+    if "img_size" not in given and takes_image_size(create(name, given, device="meta")):
+        given["img_size"] = input_size
+    return create(name, given)
+
+
+def takes_image_size(model: nn.Module) -> bool:
+    """Whether the model's constructor asks for the size of its images."""
+    return "img_size" in inspect.signature(type(model).__init__).parameters
+
+
+def family_of(model: nn.Module) -> str | None:
+    """ "vit", "convnext", or None for a model of another kind."""
+    return next((family for family, kind in FAMILIES.items() if isinstance(model, kind)), None)
+
+
+def head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the keys of the classification head begin with; ConvNeXt's includes the norm before the classifier.
+
+    The published method inherits none of these (weight_selection.py at e9b6d0c leaves out keys holding "head").
+    """
+    if family_of(model):
+        return ("head.", "head_dist.")
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{name}." for name in names)
+
+
+def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, problem: str, optional: tuple[str, ...] = ()) -> None:
+    """UserError that begins with `problem` unless `tensors` fill the model; keys that begin with `optional` may lack."""
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    given = {key: list(value.shape) for key, value in tensors.items()}
+    faults = [f"{key} is {given[key]}, not {own[key]}" for key in given if key in own and given[key] != own[key]]
+    faults += [f"{key} is missing" for key in own if key not in given and not key.startswith(optional)]
+    faults += [f"{key} is unknown" for key in given if key not in own]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{problem}: {'; '.join(faults[:3])}{more}")
+
+
+def inherit(model: nn.Module, tensors: Mapping[str, Tensor], problem: str) -> list[str]:
+    """Copy `tensors` into the model; the head may lack and keeps its own values where its shapes differ.
+
+    Returns the keys of such a head. Raises UserError that begins with `problem` and names the keys that do not fit.
+    """
+    head, own = head_prefixes(model), model.state_dict()
+    other_head = [
+        key for key in tensors if key.startswith(head) and key in own and own[key].shape != tensors[key].shape
+    ]
+    kept = {key: value for key, value in tensors.items() if key not in other_head}
+    check_fit(kept, model, problem, optional=head)
+    model.load_state_dict(kept, strict=False)
+    return other_head

@@ -1,0 +1,284 @@
+"""The options of both scripts: names, types, defaults, and the checks that need no data and no model.
+
+Standard library only, and read before torch is imported, so that `-h` and usage errors answer at once.
+"""
+
+import argparse
+import ast
+import re
+
+DATA_SETS = (
+    "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
+)
+# what may differ when a run is resumed: the rest decides the weights that come out
+FREE_ON_RESUME = frozenset(
+    "auto_resume data_path device disable_eval dist_eval dist_on_itp dist_url enable_wandb eval eval_data_path local_rank "
+    "log_dir log_freq num_workers output_dir pin_mem progress project resplit resume save_ckpt save_ckpt_freq "
+    "save_ckpt_num start_epoch wandb_ckpt world_size".split()
+)
+
+
+def boolean(text: str) -> bool:
+    """true/false, yes/no, t/f, y/n or 1/0, in any case."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def keyword(text: str) -> tuple[str, object]:
+    """`name=value`, the value as a Python literal or else as text: `depth=6`, `act_layer=gelu`."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+class Keywords(argparse.Action):
+    """Collects `name=value …` into a dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **dict(values)})
+
+
+def number(kind: type, low: float, high: float = float("inf")):
+    """A parser for numbers of `kind` from `low` to `high`, both included."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _keywords(group, name: str, help: str) -> None:
+    group.add_argument(name, type=keyword, action=Keywords, nargs="+", default={}, metavar="NAME=VALUE", help=help)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to every help text that can use it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", {}) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _parser(program: str, description: str) -> argparse.ArgumentParser:
+    # abbreviations would let a mistyped option pass as another one
+    return argparse.ArgumentParser(prog=program, description=description, formatter_class=Formatter, allow_abbrev=False)
+
+
+# ---- weight_selection.py ----
+
+
+def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The validated options of weight_selection.py; ends the process with code 2 on a usage error."""
+    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
+    add = parser.add_argument
+    add("--output_dir", required=True, help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
+    add(
+        "--model_type",
+        choices=("vit", "convnext"),
+        help="family; picks the student vit_tiny or convnext_femto (default: vit)",
+    )
+    add("--pretrained_model", metavar="NAME", help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours "
+        "(default: vit_small_patch16_224_in21k, convnext_tiny_in22k)")  # fmt: skip
+    add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
+        ".safetensors, .pth, .pt, .bin, .npz, or a checkpoint of main.py")  # fmt: skip
+    add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
+    _keywords(parser, "--pretrained_kwargs", "arguments of the teacher's constructor, for one that is not a stock size")
+    add("--student_model", metavar="NAME", help="any smaller model of the same family")
+    _keywords(parser, "--student_kwargs", "arguments of the student's constructor")
+    add("--include_head", type=boolean, nargs="?", const=True, default=False,
+        help="take the classifier too; the numbers of classes have to agree")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+# ---- main.py ----
+
+
+def training_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The validated options of main.py; ends the process with code 2 on a usage error."""
+    parser = _training_parser()
+    options = parser.parse_args(argv)
+    problem = _first_conflict(options)
+    if problem:
+        parser.error(problem)
+    return options
+
+
+def without_effect(options: argparse.Namespace) -> list[str]:
+    """The options of the original that were given and that this version accepts only for its old command lines."""
+    return [f"--{name}" for name in ("resplit", "dist_on_itp") if getattr(options, name)]
+
+
+def _first_conflict(o: argparse.Namespace) -> str | None:
+    """The first contradiction among options that needs no data to be seen."""
+    mixing = o.mixup > 0 or o.cutmix > 0 or o.cutmix_minmax is not None
+    named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
+    checks = [
+        (named_set, f"--data_set {o.data_set} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME"),
+        (o.warmup_steps > 0 or o.warmup_epochs <= o.epochs or o.eval,
+         f"--warmup_epochs {o.warmup_epochs} is longer than the run, --epochs {o.epochs}"),
+        (not mixing or o.batch_size % 2 == 0 or o.eval,
+         f"--batch_size {o.batch_size} is odd, but mixup and cutmix pair the images of a batch; make it even or set "
+         "--mixup 0 --cutmix 0"),
+        (o.cutmix_minmax is None or len(o.cutmix_minmax) == 2, "--cutmix_minmax takes two numbers, the least and the most"),
+        (o.weight_decay > 0 or not o.weight_decay_end, f"--weight_decay_end {o.weight_decay_end} needs a --weight_decay above 0"),
+        (o.model_ema or not o.model_ema_eval, "--model_ema_eval true needs --model_ema true"),
+        (not (o.model_ema_eval and o.model_ema_force_cpu), "--model_ema_eval needs the average on the device: leave out --model_ema_force_cpu"),
+        (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
+        (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
+         f"--initialize {o.initialize}: a URL has to be https://…#sha256=<64 hex digits>"),
+        (o.start_epoch < o.epochs or o.eval, f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
+    ]  # fmt: skip
+    return next((message for holds, message in checks if not holds), None)
+
+
+def _training_parser() -> argparse.ArgumentParser:
+    parser = _parser("main.py", "Train a small model, from selected weights (--initialize) or from random ones.")
+    positive, count, share = number(int, 1), number(int, 0), number(float, 0, 1)
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default="convnext_tiny", metavar="NAME", help="vit_tiny, convnext_femto, … or any name of timm")
+    _keywords(group, "--model_kwargs", "arguments of the model's constructor")
+    add("--input_size", default=224, type=positive, metavar="PIXELS", help="side of the images the model sees")
+    add("--drop_path", default=0.0, type=share, help="stochastic depth rate of the last block")
+    add("--layer_scale_init_value", default=1e-6, type=float, help="ConvNeXt: first value of its layer scales")
+    add("--head_init_scale", default=1.0, type=float, help="ConvNeXt: factor on the classifier's first weights")
+
+    add = parser.add_argument_group("initialization").add_argument
+    add("--initialize", default="", metavar="FILE", help="a file of weight_selection.py, the folder it wrote to, or "
+        "https://…#sha256=…; leave it out for the random-init baseline")  # fmt: skip
+    add("--model_key", default="model|module", help="where in a nested file the weights are")
+    add("--model_prefix", default="", help="what to take off the front of the file's keys")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_set", default="IMNET", help=f"{', '.join(DATA_SETS)}, torch/NAME or hfds/NAME")
+    add("--data_path", default="/datasets01/imagenet_full_size/061417/", help="where the data is, or is downloaded to")
+    add("--eval_data_path", help="another place for the evaluation data")
+    add("--nb_classes", type=positive, metavar="N", help="checked against the data (default: what the data has)")
+    add("--data_fraction", default=1.0, type=number(float, 1e-9, 1), help="train on this seeded, class-balanced share")
+    add("--train_split", help="split to train on, for torch/NAME and hfds/NAME (default: train)")
+    add("--val_split", help="split to evaluate on, for torch/NAME and hfds/NAME (default: validation)")
+    add("--input_key", help="column of the images, for hfds/NAME")
+    add("--target_key", help="column of the labels, for hfds/NAME")
+    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+    add("--num_workers", default=10, type=count, help="processes that load images, for each training process")
+    add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color_jitter", type=float, default=0.4, help="strength, where --aa is off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy; none for none")
+    add(
+        "--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of the random crop"
+    )
+    add("--smoothing", type=share, default=0.1, help="label smoothing")
+    add("--reprob", type=share, default=0.25, help="random erasing probability")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing fill")
+    add("--recount", type=positive, default=1, help="random erasing: most boxes an image")
+    add("--crop_pct", type=number(float, 0.01, 1), help="evaluation: crop side / resized side (default: 224/256)")
+    add("--mixup", type=number(float, 0), default=0.8, help="mixup alpha; 0 for none")
+    add("--cutmix", type=number(float, 0), default=1.0, help="cutmix alpha; 0 for none")
+    add("--cutmix_minmax", type=float, nargs="+", metavar="SHARE", help="cutmix box side from … to, in place of alpha")
+    add("--mixup_prob", type=share, default=1.0, help="probability that a batch is mixed")
+    add("--mixup_switch_prob", type=share, default=0.5, help="probability of cutmix where both are on")
+    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="one draw for each …")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", default=300, type=positive, help="length of the run")
+    add("--batch_size", default=64, type=positive, help="images for each process and backward pass")
+    add("--update_freq", default=1, type=positive, help="backward passes an update: gradient accumulation")
+    add("--opt", default="adamw", metavar="NAME", help="timm's name of the optimizer")
+    add("--opt_eps", default=1e-8, type=float, help="optimizer epsilon")
+    add("--opt_betas", type=float, nargs="+", metavar="BETA", help="optimizer betas (default: the optimizer's)")
+    add("--momentum", type=float, default=0.9, help="for optimizers with momentum")
+    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate, for the total batch, never rescaled")
+    add("--min_lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine")
+    add("--warmup_epochs", type=count, default=50, help="linear warm-up")
+    add("--warmup_steps", type=int, default=-1, help="linear warm-up in updates; above 0 it replaces --warmup_epochs")
+    add("--weight_decay", type=number(float, 0), default=0.05, help="on matrices; biases, norms and tokens have none")
+    add("--weight_decay_end", type=number(float, 0), help="cosine to this value (default: constant)")
+    add(
+        "--layer_decay",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="learning rate factor from each layer to the one below",
+    )
+    add("--clip_grad", type=number(float, 0), metavar="NORM", help="greatest gradient norm (default: no clipping)")
+    add("--model_ema", type=boolean, default=False, help="keep a moving average of the weights")
+    add("--model_ema_decay", type=share, default=0.9999, help="its decay an update")
+    add("--model_ema_force_cpu", type=boolean, default=False, help="keep it in host memory")
+    add("--model_ema_eval", type=boolean, default=False, help="evaluate it too")
+
+    add = parser.add_argument_group("device and speed").add_argument
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
+    add("--use_amp", type=boolean, default=False, help="mixed precision")
+    add(
+        "--amp_dtype",
+        choices=("float16", "bfloat16"),
+        help="(default: float16 on cuda, with loss scaling; else bfloat16)",
+    )
+    add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile the model")
+    add(
+        "--channels_last",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="memory layout, faster for ConvNeXt on GPUs",
+    )
+    add(
+        "--deterministic",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="same weights each time on a GPU too, slower",
+    )
+    add("--seed", default=0, type=count, help="all randomness comes from it")
+
+    add = parser.add_argument_group("evaluation, logs, checkpoints").add_argument
+    add("--output_dir", default="", help="folder for config.json, log.txt and checkpoints; empty: nothing is kept")
+    add("--eval", type=boolean, default=False, help="evaluate and stop")
+    add("--disable_eval", type=boolean, default=False, help="train without evaluation")
+    add("--dist_eval", type=boolean, default=True, help="share the evaluation among the processes")
+    add("--resume", default="", metavar="FILE", help="go on from this checkpoint")
+    add("--auto_resume", type=boolean, default=True, help="go on from the newest checkpoint in --output_dir")
+    add("--start_epoch", default=0, type=count, help="number of the first epoch, when nothing is resumed")
+    add("--save_ckpt", type=boolean, default=True, help="write checkpoints")
+    add("--save_ckpt_freq", default=1, type=positive, metavar="EPOCHS", help="between checkpoints")
+    add("--save_ckpt_num", default=3, type=positive, help="how many to keep, beside the best")
+    add(
+        "--log_freq",
+        default=10,
+        type=positive,
+        metavar="UPDATES",
+        help="between log lines, the only waits for the device",
+    )
+    add("--progress", type=boolean, help="a progress bar in place of log lines (default: on a terminal)")
+    add("--log_dir", help="folder for TensorBoard")
+    add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    add("--project", default="convnext", help="its project")
+    add("--wandb_ckpt", type=boolean, default=False, help="store the best checkpoint there")
+
+    for name, kind, default in (
+        ("world_size", int, 1),
+        ("dist_url", str, "env://"),
+        ("resplit", boolean, False),
+        ("dist_on_itp", boolean, False),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=argparse.SUPPRESS)
+    # both spellings of the launchers, which say the same in the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser

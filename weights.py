@@ -1,0 +1,189 @@
+"""Files of weights, from anywhere, and initialization files, ours: read without running code, written whole or not at all."""
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from utils import UserError, first_line, write_atomically
+
+INITIALIZATION_FORMAT = "weight-selection initialization 1"
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def read_weights(path: str | Path, model_key: str = "model|module|state_dict", prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by key, on the CPU.
+
+    In a file that nests its weights (a training checkpoint) the first of the names in `model_key`, separated by "|",
+    is taken; one that is alone and absent is an error. `prefix` and DDP's "module." are taken off the keys.
+    Never runs code from the file. Raises UserError with the path and the reason.
+    """
+    path = Path(path)
+    content = read_file(path)
+    keys = model_key.split("|")
+    found = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
+    if found:
+        content = content[found]
+    elif len(keys) == 1:
+        raise UserError(f"{path} has no weights under --model_key {model_key}; its keys: {_some(content)}")
+    for start in ("module.", prefix):
+        if start and content and all(isinstance(key, str) and key.startswith(start) for key in content):
+            content = {key[len(start) :]: value for key, value in content.items()}
+        elif start and start == prefix:
+            raise UserError(f"{path}: not every key begins with --model_prefix {prefix}; its keys: {_some(content)}")
+    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers or not content:
+        what = f"{strangers[0]} is a {type(content[strangers[0]]).__name__}" if strangers else "it is empty"
+        raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
+    return dict(content)
+
+
+def read_file(path: Path) -> Mapping:
+    """The mapping that a weight file holds; UserError for what is no such file."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        _test_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
+    except (
+        safetensors.SafetensorError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        OSError,
+    ) as error:
+        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _test_archive(path: Path) -> None:
+    """Compare a zip archive with its own checksums: torch.load does not, and lets flipped bits through."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its part {damaged} does not match its checksum")
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why torch's restricted unpickler would not read a file, in one line."""
+    forbidden = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+    if forbidden:
+        return f"it is a pickle that would run code ({forbidden[1]}), not plain tensors"
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    return "it is a web page" if start[:1] == b"<" else "it is not a file of weights, or damaged"
+
+
+def _some(keys: Mapping) -> str:
+    """The first few keys, for an error line."""
+    shown = ", ".join(str(key) for key in list(keys)[:5])
+    return shown + (", …" if len(keys) > 5 else "")
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """UserError naming the first tensor with a value that is not finite."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{source}: {key} holds values that are not finite")
+
+
+# ---- initialization files ----
+
+
+def write_initialization(path: Path, tensors: Mapping[str, Tensor], description: dict) -> str:
+    """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256."""
+    if path.suffix == ".safetensors":
+        weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
+    else:
+        buffer = io.BytesIO()
+        torch.save(dict(tensors), buffer)
+        weights = buffer.getvalue()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    text = json.dumps({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(weights))
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    return sha256
+
+
+def read_description(path: Path) -> dict | None:
+    """What the `.json` beside an initialization file says, or None if there is none of ours."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
+        return content
+    return None
+
+
+def find_initialization(location: str, family: str | None) -> Path:
+    """The file that `--initialize` means: itself, or the one in a folder that was made for `family`."""
+    path = Path(location)
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(file.name for file in fitting or files) or "no weights at all"
+    problem = "several files" if fitting else "no file"
+    raise UserError(
+        f"--initialize {path}: the folder has {problem} made for the family {family} ({names}); name the file"
+    )
+
+
+def read_initialization(
+    location: str, family: str | None, *, model_key: str = "model|module", prefix: str = ""
+) -> tuple[dict[str, Tensor], dict]:
+    """The weights that `--initialize` names and what is known of them: path, sha256, and their `.json`'s student, teacher.
+
+    Raises UserError for a file that differs from its own description, or holds values that are not finite.
+    """
+    path = find_initialization(location, family)
+    tensors = read_weights(path, model_key, prefix)
+    check_finite(tensors, f"--initialize {path}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    description = read_description(path)
+    if description and description.get("sha256") != sha256:
+        raise UserError(
+            f"--initialize {path} is not the file that {path.stem}.json describes (sha256 differs): make it again"
+        )
+    known = {key: (description or {}).get(key) for key in ("family", "student", "teacher", "choices")}
+    return tensors, {"path": str(path), "sha256": sha256, **known}
+
+
+def fetch(url: str) -> Path:
+    """The local copy of `https://…#sha256=<hex>`, downloaded into torch's cache unless it is there; checked either way."""
+    address, _, sha256 = url.partition("#sha256=")
+    path = (
+        Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256.lower()}{Path(urlparse(address).path).suffix or '.pth'}"
+    )
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256.lower():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+        raise UserError(f"--initialize {address} could not be downloaded: {first_line(error)}") from error
+    return path
