@@ -1,0 +1,212 @@
+"""From images to batches: per-image transforms, the order of an epoch, each rank's share, mixup."""
+
+import functools
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision import transforms
+
+from datasets import Images
+from utils import Stream, UserError, derive_seed, permutation, seed_all
+
+
+def mean_and_std(imagenet_default: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel means and standard deviations in [0, 1]: ImageNet's, or Inception's (0.5 everywhere)."""
+    if imagenet_default:
+        return timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    return timm.data.IMAGENET_INCEPTION_MEAN, timm.data.IMAGENET_INCEPTION_STD
+
+
+def train_transform(
+    input_size: int, *, color_jitter: float | None, aa: str, interpolation: str, reprob: float, remode: str,
+    recount: int, mean: Sequence[float], std: Sequence[float]
+) -> transforms.Compose:  # fmt: skip
+    """timm's training transform, PIL image to float [3, S, S]; up to 32 px a padded crop, not a resized one.
+
+    `aa` is one of timm's policies; "" or "none" for none, and color_jitter counts. UserError for another.
+    """
+    erasing = {"re_prob": reprob, "re_mode": remode, "re_count": recount}
+    options = {"color_jitter": color_jitter, "interpolation": interpolation, "mean": mean, "std": std, **erasing}
+    policy = None if aa in ("", "none", None) else aa
+    try:
+        transform = timm.data.create_transform(input_size, is_training=True, auto_augment=policy, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"timm refuses --aa {aa!r}, --train_interpolation {interpolation} ({error})") from error
+    if input_size <= 32:
+        transform.transforms[:1] = [_resize(input_size), transforms.RandomCrop(input_size, padding=4)]
+    _allow_zero_bits(transform)
+    return transform
+
+
+def eval_transform(
+    input_size: int, *, crop_pct: float | None = None, mean: Sequence[float], std: Sequence[float]
+) -> transforms.Compose:
+    """The short side to input_size / crop_pct (224 / 256), centre crop; up to 32 and from 384 px the whole image."""
+    steps = [_resize(input_size)]
+    if 32 < input_size < 384:
+        short_side = int(input_size / (crop_pct or 224 / 256))
+        bicubic = transforms.Resize(short_side, interpolation=transforms.InterpolationMode.BICUBIC)
+        steps = [bicubic, transforms.CenterCrop(input_size)]
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def _resize(size: int) -> transforms.Resize:
+    """Bicubic to size x size without keeping the aspect; an image of that size passes untouched."""
+    return transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
+
+
+def _allow_zero_bits(part) -> None:
+    """Wrap the posterize operations inside a transform that timm built, at any depth of lists and policies."""
+    if isinstance(part, list | tuple):
+        for inner in part:
+            _allow_zero_bits(inner)
+    elif getattr(part, "name", "").startswith("Posterize"):
+        part.aug_fn = functools.partial(_posterize, part.aug_fn)
+    else:
+        for held in ("transforms", "ops", "policy"):
+            _allow_zero_bits(getattr(part, held, ()))
+
+
+def _posterize(posterize: Callable, image: Image.Image, bits: int, **options) -> Image.Image:
+    # Pillow 13 refuses fewer than 1 bit, which timm asks for at the end of its scales; earlier ones gave black
+    return posterize(image, bits, **options) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+@contextmanager
+def _draws_from(seed: int) -> Iterator[None]:
+    """The global CPU generators start from `seed` inside and are as before afterwards."""
+    if get_worker_info() is not None:  # nothing else draws in a worker: save the 0.1 ms that keeping the state takes
+        seed_all(seed)
+        yield
+        return
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        seed_all(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class TransformedImages(Dataset):
+    """Images after their transform: (tensor [3, S, S] float, class index).
+
+    Training asks for (epoch, index), and the draws depend on (seed, epoch, index) alone; evaluation for an index.
+    """
+
+    def __init__(self, images: Images, transform: Callable, seed: int = 0):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        if not isinstance(key, tuple):
+            image, target = self.images[key]
+            return self.transform(image), target
+        image, target = self.images[key[1]]
+        with _draws_from(derive_seed(Stream.IMAGE, self.seed, *key)):
+            return self.transform(image), target
+
+
+class TrainBatches:
+    """One rank's micro-batches, lists of (epoch, index), in an order that the number of processes does not change.
+
+    An epoch is one permutation from (seed, epoch). Of it an optimizer step takes batch_size * update_freq *
+    world_size images, in chunks of batch_size: micro-step m of rank r is chunk m * world_size + r. What is left at
+    the end is not used.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, update_freq: int, world_size: int, rank: int, seed: int):
+        self.num_images, self.batch_size, self.update_freq = num_images, batch_size, update_freq
+        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.steps_per_epoch = num_images // (batch_size * update_freq * world_size)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration gives this epoch, from its optimizer step `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return max(0, self.steps_per_epoch - self.first_step) * self.update_freq
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches(self.epoch, self.first_step)  # the arguments hold whatever set_epoch says meanwhile
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+        order = permutation(self.num_images, Stream.ORDER, self.seed, epoch)
+        for micro_step in range(first_step * self.update_freq, self.steps_per_epoch * self.update_freq):
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int, mixup: bool) -> None:
+    """UserError when one update takes more than the training set has, or mixup would pair an odd batch."""
+    total = batch_size * update_freq * world_size
+    if total > num_images:
+        if batch_size > num_images:
+            mend = f"--batch_size can be {num_images} at most"
+        elif batch_size * world_size > num_images:
+            mend = f"with this --batch_size there can be {num_images // batch_size} processes at most"
+        else:
+            mend = f"--update_freq can be {num_images // (batch_size * world_size)} at most"
+        product = f"--batch_size {batch_size} x --update_freq {update_freq} x {world_size} processes"
+        raise UserError(f"{product} = {total} images an update, but the training set has {num_images}: {mend}")
+    if mixup and batch_size % 2:
+        mend = "give an even one, or --mixup 0 --cutmix 0"
+        raise UserError(f"--batch_size {batch_size} is odd, but mixup and cutmix pair the images of a batch: {mend}")
+
+
+def shard(num_images: int, rank: int, world_size: int) -> range:
+    """The indices that one rank evaluates: over all ranks each image exactly once, no padding."""
+    return range(rank, num_images, world_size)
+
+
+def make_loader(
+    dataset: Dataset, *, batch_sampler: TrainBatches | None = None, batch_size: int | None = None,
+    indices: Sequence[int] | None = None, num_workers: int, pin_memory: bool
+) -> DataLoader:  # fmt: skip
+    """Batches (images [batch, 3, S, S], targets [batch] int64) in the order of `batch_sampler` or of `indices`."""
+    order = {"sampler": range(len(dataset)) if indices is None else indices, "batch_size": batch_size}
+    if batch_sampler is not None:
+        order = {"batch_sampler": batch_sampler, "persistent_workers": num_workers > 0}
+    # without its own generator every pass over it draws from the one that the model draws from
+    common = {"num_workers": num_workers, "worker_init_fn": _start_worker, "generator": torch.Generator()}
+    return DataLoader(dataset, pin_memory=pin_memory, **common, **order)
+
+
+def _start_worker(_: int) -> None:
+    # a forked worker inherits the script's own Ctrl-C handler and would go on; torch ends a worker on this one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Mixer:
+    """timm's Mixup with draws that depend on (seed, *key) alone; the global generators are left as they were."""
+
+    def __init__(self, mixup: timm.data.Mixup, seed: int):
+        self.mixup, self.seed = mixup, seed
+
+    def __call__(self, images: Tensor, targets: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(images [batch, 3, H, W], mixed in place; soft targets [batch, classes]), for key = (step, chunk)."""
+        with _draws_from(derive_seed(Stream.MIX, self.seed, *key)):
+            return self.mixup(images, targets)
+
+
+def build_mixer(
+    *, mixup: float, cutmix: float, cutmix_minmax: Sequence[float] | None, prob: float, switch_prob: float, mode: str,
+    smoothing: float, num_classes: int, seed: int
+) -> Mixer | None:  # fmt: skip
+    """A Mixer by timm's arguments; None when mixup, cutmix and cutmix_minmax are all off."""
+    if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
+        return None
+    how = {"prob": prob, "switch_prob": switch_prob, "mode": mode, "label_smoothing": smoothing}
+    return Mixer(timm.data.Mixup(mixup, cutmix, cutmix_minmax or None, num_classes=num_classes, **how), seed)
