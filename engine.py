@@ -1,0 +1,247 @@
+"""One training epoch and one exact evaluation: any device, any precision, one path."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed import rank, world_size
+from metrics import DeviceSums, count_in_top
+from optim_factory import set_schedules
+from utils import Stream, UserError, derive_seed
+
+log = logging.getLogger(__name__)
+
+SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: this many mean it found none that works
+
+
+@dataclass
+class Precision:
+    """Autocast to `dtype` (None: float32 throughout) on `device`, and the scaler that guards every update.
+
+    One scaler serves all precisions: at scale 1 it multiplies by exactly 1 and still keeps an update with non-finite
+    gradients from being applied, on the device, without a wait. In float16 it scales the loss as well.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self):
+        settings = {} if self.scales_loss else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(self.device.type, **settings)
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.dtype == torch.float16
+
+    @classmethod
+    def choose(cls, device: torch.device, use_amp: bool, name: str | None = None) -> "Precision":
+        """float32, or with `use_amp` the type of that name, by default float16 on cuda and bfloat16 elsewhere.
+
+        A CPU without bfloat16 units would train many times slower in it: there float32 stays, with a warning,
+        unless the type is named.
+        """
+        units = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+        if use_amp and name is None and device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, units)):
+            log.warning(
+                "--use_amp true: this CPU has no bfloat16 units and would be many times slower; training in float32"
+            )
+            use_amp = False
+        default = "float16" if device.type == "cuda" else "bfloat16"
+        return cls(device, getattr(torch, name or default) if use_amp else None)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+@dataclass
+class Trainer:
+    """What an epoch needs: the model as it is called (perhaps in DDP) and everything that updates it.
+
+    `lr` and `weight_decay` hold a value for each optimizer step of the whole run. `mixer` mixes (images, targets, key)
+    or is None, then targets stay class numbers. `clip_grad` is the greatest gradient norm, None for any.
+    """
+
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    update_freq: int = 1
+    clip_grad: float | None = None
+    mixer: Callable | None = None
+    ema: ModelEmaV3 | None = None
+    seed: int = 0
+    log_freq: int = 10
+    channels_last: bool = False
+
+    @property
+    def bare_model(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def state(self) -> dict:
+        """What a checkpoint holds of the training itself: weights, their average, optimizer and scaler."""
+        state = {"model": self.bare_model.state_dict()}
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict()}
+
+
+def to_device(images: Tensor, targets: Tensor, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return images.to(device, non_blocking=True, memory_format=layout), targets.to(device, non_blocking=True)
+
+
+def train_one_epoch(
+    trainer: Trainer, batches, *, epoch: int, first_step: int, steps: int, report: Callable
+) -> dict[str, float]:
+    """Train for the updates `first_step` … `first_step + steps - 1` and return the epoch's means over all ranks.
+
+    `batches` yields `steps * update_freq` batches of (images [batch, 3, H, W], class numbers [batch]). Every
+    `log_freq` updates, and at the end, the host waits for the device once: `report(step, lr, means, images_per_second)`
+    is called, and a loss or gradient that was not finite (its update was not applied) ends the run with UserError
+    on all ranks.
+    """
+    trainer.model.train()
+    source, device = iter(batches), trainer.precision.device
+    sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad"), device)
+    streak, longest = (torch.zeros((), device=device) for _ in range(2))
+    totals, window_start, window_images, images = dict.fromkeys(sums.names, 0.0), time.monotonic(), 0, 0
+    for step in range(first_step, first_step + steps):
+        set_schedules(trainer.optimizer, trainer.lr[step], trainer.weight_decay[step])
+        loss, correct, batch_images = _accumulate_gradients(trainer, source, step)
+        grad_norm = _update(trainer)
+        bad_grad = ~grad_norm.isfinite()
+        streak = (streak + 1) * bad_grad
+        longest = torch.maximum(longest, streak)
+        sums.add(loss, correct, torch.where(bad_grad, 0.0, grad_norm), ~loss.isfinite(), bad_grad)
+        images, window_images = images + batch_images, window_images + batch_images
+        done = step + 1 - first_step
+        if done % trainer.log_freq == 0 or done == steps:
+            window = sums.read()
+            _stop_if_not_finite(trainer, window, longest, epoch, step)
+            totals = {name: totals[name] + window[name] for name in totals}
+            rate = window_images * world_size() / (time.monotonic() - window_start)
+            window_steps = (done - 1) % trainer.log_freq + 1
+            report(
+                step, float(trainer.lr[step]), _means(window, window_steps, window_images, trainer.mixer is None), rate
+            )
+            window_start, window_images = time.monotonic(), 0
+    return _means(totals, steps, images, trainer.mixer is None) | _schedule_means(
+        trainer, slice(first_step, first_step + steps)
+    )
+
+
+def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tuple[Tensor, Tensor, int]:
+    """The backward passes of one update: the mean loss [], how many were right [], and the images this rank used.
+
+    The gradients of all ranks are summed once, in the last pass.
+    """
+    precision, losses, correct, images_seen = trainer.precision, [], [], 0
+    for micro_step in range(trainer.update_freq):
+        images, targets = to_device(*next(source), precision.device, trainer.channels_last)
+        chunk = micro_step * world_size() + rank()
+        labels = targets
+        if trainer.mixer is not None:
+            images, targets = trainer.mixer(images, targets, (step, chunk))
+        torch.manual_seed(derive_seed(Stream.MODEL, trainer.seed, step, chunk))
+        last = micro_step == trainer.update_freq - 1
+        with contextlib.nullcontext() if last else _no_sync(trainer.model):
+            with precision.autocast():
+                logits = trainer.model(images)
+                loss = trainer.criterion(logits, targets)
+            # a loss that is not finite can have finite gradients; it must not: the scaler looks at these alone
+            poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            precision.scaler.scale(loss * poison / trainer.update_freq).backward()
+        losses.append(loss.detach())
+        correct.append((logits.detach().argmax(1) == labels).sum())
+        images_seen += len(images)
+    return torch.stack(losses).mean(), torch.stack(correct).sum(), images_seen
+
+
+def _no_sync(model: nn.Module):
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _update(trainer: Trainer) -> Tensor:
+    """Clip, apply and clear the gradients; returns their norm [] before clipping."""
+    scaler, optimizer = trainer.precision.scaler, trainer.optimizer
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if trainer.clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, trainer.clip_grad, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.bare_model)
+    return norm
+
+
+def _stop_if_not_finite(trainer: Trainer, window: dict[str, float], longest: Tensor, epoch: int, step: int) -> None:
+    """UserError on every rank if an update since the last log step was not finite; `window` is the same on all ranks."""
+    skips_allowed = trainer.precision.scales_loss
+    where = f"in the {trainer.log_freq} updates up to step {step} of epoch {epoch}, at lr {trainer.lr[step]:.3g}"
+    if window["bad_loss"]:
+        raise UserError(
+            f"the loss was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
+        )
+    if window["bad_grad"] and not skips_allowed:
+        raise UserError(
+            f"a gradient was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
+        )
+    if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
+        raise UserError(
+            f"float16 gradients overflowed {int(longest.item())} times in a row {where}: try --amp_dtype bfloat16"
+        )
+
+
+def _means(sums: dict[str, float], steps: int, images: int, hard_targets: bool) -> dict[str, float]:
+    """Means over ranks from sums over ranks: of `steps` updates and `images` images a rank."""
+    means = {"loss": sums["loss"] / (steps * world_size()), "grad_norm": sums["grad_norm"] / (steps * world_size())}
+    if hard_targets:
+        means["class_acc"] = sums["correct"] / (images * world_size())
+    return means
+
+
+def _schedule_means(trainer: Trainer, steps: slice) -> dict[str, float]:
+    """Means over the steps of the highest and the lowest learning rate among the groups, and of the weight decay."""
+    scales = [group["lr_scale"] for group in trainer.optimizer.param_groups]
+    lr = float(trainer.lr[steps].mean())
+    return {
+        "lr": lr * max(scales),
+        "min_lr": lr * min(scales),
+        "weight_decay": float(trainer.weight_decay[steps].mean()),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches, precision: Precision, *, channels_last: bool = False, over_ranks: bool = True
+) -> dict[str, float]:
+    """Cross-entropy and top-1 and top-5 accuracy in percent over every image that the ranks' `batches` hold together.
+
+    Sums and counts are added, never means, so that the shares of the ranks and the last batch may have any size.
+    With `over_ranks` false each rank has all images and no sum over ranks is taken.
+    """
+    model.eval()
+    sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
+    for images, targets in batches:
+        images, targets = to_device(images, targets, precision.device, channels_last)
+        with precision.autocast():
+            logits = model(images)
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        sums.add(loss, *count_in_top(logits, targets, (1, 5)), torch.full_like(loss, len(images)))
+    total = sums.read(over_ranks=over_ranks)
+    count = total["images"]
+    return {"loss": total["loss"] / count, "acc1": 100 * total["acc1"] / count, "acc5": 100 * total["acc5"] / count}

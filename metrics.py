@@ -1,0 +1,182 @@
+"""What a run measures: sums kept on the device, top-k counts, and where the numbers go: log.txt, console, TensorBoard, W&B."""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distributed import all_sum
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+
+class DeviceSums:
+    """Named running sums that stay on the device until `read`, which costs one reduction and one wait."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
+        # float64 where it exists: an epoch's sum of losses has to keep its last digits
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(len(self.names), dtype=dtype, device=device)
+
+    def add(self, *terms: Tensor) -> None:
+        """Add one 0-d tensor to each sum, in the order of the names, without a wait."""
+        self.values += torch.stack([term.detach().to(self.values.dtype) for term in terms])
+
+    def read(self, *, over_ranks: bool = True) -> dict[str, float]:
+        """The sums, over all ranks unless told otherwise; they start again at 0."""
+        values = all_sum(self.values) if over_ranks else self.values
+        result = dict(zip(self.names, values.tolist(), strict=True))
+        self.values.zero_()
+        return result
+
+
+def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Tensor]:
+    """For each k, how many rows of `logits` [batch, classes] have the class of `targets` [batch] among their k highest.
+
+    With fewer than k classes every row counts.
+    """
+    ranked = logits.topk(min(max(ks), logits.shape[1])).indices
+    hits = ranked.eq(targets[:, None])  # [batch, highest k]
+    return [hits[:, :k].sum() for k in ks]
+
+
+class EpochLog:
+    """log.txt: one JSON object an epoch, each epoch once."""
+
+    def __init__(self, path: Path, first_epoch: int):
+        """Open the log of a run that goes on at `first_epoch`: later lines, of a run cut off, are dropped."""
+        self.path = path
+        kept = [line for line in self._lines() if json.loads(line)["epoch"] < first_epoch]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _lines(self) -> list[str]:
+        """The whole lines of the file; what a crash left of the last one is not among them."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+
+    def append(self, record: dict) -> None:
+        """Add an epoch; numbers that JSON has no word for (nan, inf) become null."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Reporter:
+    """Tells a person and the writers how a run goes: a bar on a terminal, log lines elsewhere, scalars to each writer."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, *, bar: bool, writers: Sequence):
+        self.epochs, self.steps, self.with_bar, self.writers = epochs, steps_per_epoch, bar, writers
+        self.epoch, self.start, self.bar = 0, 0.0, None
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.start = epoch, time.monotonic()
+        if self.with_bar:
+            from tqdm import tqdm
+
+            name = f"epoch {epoch}/{self.epochs - 1}"
+            self.bar = tqdm(total=self.steps, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False)
+
+    def window(self, step: int, lr: float, means: dict[str, float], images_per_second: float) -> None:
+        """After an update whose figures were read: `means` are over the updates since the last call."""
+        done = step + 1 - self.epoch * self.steps
+        epoch_seconds = (time.monotonic() - self.start) * self.steps / done
+        left = epoch_seconds * (self.epochs - self.epoch) - (time.monotonic() - self.start)
+        ending = f"lr {lr:.2e}, {images_per_second:.0f} img/s, {timedelta(seconds=int(left))} left"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {ending}")
+            self.bar.update(done - self.bar.n)
+        else:
+            log.info("epoch %d [%d/%d] loss %.4f, %s", self.epoch, done, self.steps, means["loss"], ending)
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        self._write(scalars | {"train/lr": lr, "train/images_per_second": images_per_second}, step)
+
+    def end_epoch(self, record: dict, best: dict) -> None:
+        """After an epoch and its evaluation; `record` is its line in log.txt."""
+        if self.bar is not None:
+            self.bar.close()
+        log.info("epoch %d: %s", self.epoch, summary(record, best))
+        self._write(
+            {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith("test_")},
+            record["step"],
+        )
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        for writer in self.writers:
+            writer.write(scalars, step)
+
+
+def summary(record: dict, best: dict) -> str:
+    """One line of an epoch's figures: those of `record` that there are, and the best accuracy so far."""
+    shown = [
+        ("train loss {train_loss:.4f}", record),
+        ("test loss {test_loss:.4f}, acc1 {test_acc1:.2f} %, acc5 {test_acc5:.2f} %", record),
+        ("EMA acc1 {test_acc1_ema:.2f} %", record),
+        ("best acc1 {test_acc1:.2f} %", best),
+        ("{train_images_per_second:.0f} img/s, {epoch_seconds:.0f} s", record),
+    ]
+    return ", ".join(text.format(**values) for text, values in shown if re.findall(r"{(\w+)", text)[0] in values)
+
+
+class TensorBoard:
+    """Scalars to a folder that TensorBoard reads; points after `first_step`, of a run cut off, are hidden."""
+
+    def __init__(self, log_dir: str, first_step: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log_dir needs the package tensorboardX: pip install tensorboardX") from error
+        self.writer = SummaryWriter(log_dir, purge_step=first_step or None)
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars to Weights & Biases; a run resumed from the same `output_dir` goes on under the same id."""
+
+    def __init__(self, project: str, config: dict, output_dir: Path | None):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--enable_wandb needs the package wandb: pip install wandb") from error
+        note = output_dir and output_dir / "wandb_id.txt"
+        known = note.read_text().strip() if note and note.exists() else None
+        self.wandb = wandb
+        self.run = wandb.init(project=project, config=config, dir=output_dir, id=known, resume="allow")
+        if note:
+            note.write_text(self.run.id + "\n")
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def store(self, checkpoint: Path) -> None:
+        """Keep a checkpoint as an artifact of the run."""
+        artifact = self.wandb.Artifact(f"{self.run.id}-best", type="model")
+        artifact.add_file(str(checkpoint))
+        self.run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self.run.finish()

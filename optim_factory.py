@@ -1,0 +1,57 @@
+"""Parameter groups, the optimizer, and schedules as arrays over optimizer steps."""
+
+import inspect
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from utils import UserError, first_line
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """The trainable parameters by weight decay and, with `layer_decay` < 1, by depth; each group has its `lr_scale`.
+
+    1-d tensors, biases and the model's own exceptions (tokens, position embedding) are not decayed.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    return [{"lr_scale": 1.0, **group} for group in groups if group["params"]]
+
+
+def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: float, eps: float | None, betas=None):
+    """timm's optimizer of that name, fused where it can be: the plain AdamW reads 32 scalars back a step, a fused none."""
+    given = {"eps": eps, "betas": betas and tuple(betas)}
+    try:
+        accepted = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
+        kwargs = {key: value for key, value in given.items() if value is not None and key in accepted}
+        if "fused" in accepted:
+            kwargs["fused"] = True
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **kwargs)
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
+        raise UserError(f"--opt {name} cannot be built: {first_line(error)}") from error
+
+
+def cosine_schedule(base: float, final: float, *, steps: int, warmup_steps: int = 0) -> np.ndarray:
+    """One value for each of `steps` updates: linear from 0 to `base`, then half a cosine towards `final`; float64.
+
+    The warm-up's last value is `base` and the cosine starts there again, as in the paper's code (utils.py,
+    `cosine_scheduler`, at e9b6d0c). Raises ValueError if the warm-up is longer than the run.
+    """
+    if warmup_steps > steps:
+        raise ValueError(f"a warm-up of {warmup_steps} updates is longer than the run of {steps}")
+    rest = steps - warmup_steps
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(rest) / max(rest, 1)))
+    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give each group its learning rate and, where it decays at all, its weight decay for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = float(lr) * group["lr_scale"]
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = float(weight_decay)
