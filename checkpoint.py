@@ -1,0 +1,121 @@
+"""The training state of a run: what it holds, its files, and going on from one."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import check_fit
+from options import FREE_ON_RESUME
+from utils import UserError, write_atomically
+from weights import read_file
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a training state of plain types and tensors to `path`, whole or not at all."""
+    write_atomically(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A training state as `save_checkpoint` wrote it, on the CPU; UserError for anything else or a damaged file."""
+    state = read_file(path)
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project; weights to start from go to --initialize")
+    return dict(state)
+
+
+def epoch_of(path: Path) -> int:
+    """The number in checkpoint-<epoch>.pth."""
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """The files checkpoint-<epoch>.pth of a folder, newest epoch first."""
+    files = (path for path in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", path.stem))
+    return sorted(files, key=epoch_of, reverse=True)
+
+
+def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
+    """The first readable of these files and its state; a damaged one is named in a warning and passed over.
+
+    None when there is no file. Raises UserError when there are some and none can be read.
+    """
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; trying the one before it", error)
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read")
+    return None
+
+
+def find_checkpoint(
+    resume: str, output_dir: Path | None, *, auto_resume: bool, training: bool
+) -> tuple[Path, dict] | None:
+    """What a run goes on from: the file `resume`, else the newest in `output_dir`, else None.
+
+    Raises UserError where training would mix two runs in one folder.
+    """
+    folder = numbered_checkpoints(output_dir) if output_dir else []
+    if resume:
+        state = read_checkpoint(Path(resume))
+        later = [path for path in folder if epoch_of(path) > state["epoch"]]
+        if later and training:
+            raise UserError(
+                f"--resume {resume} is of epoch {state['epoch']}, but --output_dir has {later[0]}: name another folder"
+            )
+        return Path(resume), state
+    if folder and not auto_resume and training:
+        raise UserError(f"--auto_resume false, but --output_dir has {folder[0]} of another run: name another folder")
+    return newest_checkpoint(folder) if auto_resume else None
+
+
+def check_same_settings(path: Path, saved: dict, options: dict, processes: int) -> None:
+    """UserError naming what differs between a checkpoint's settings and this run's, where it decides the weights.
+
+    Another number of processes is none of it where `--update_freq` keeps the total batch: the same images make the
+    same updates, shared out differently.
+    """
+    then = saved["options"]
+    names = [name for name in options if name not in FREE_ON_RESUME and then.get(name) != options[name]]
+    before, now = then["update_freq"] * saved["processes"], options["update_freq"] * processes
+    differences = [f"--{name} was {then.get(name)}, is {options[name]}" for name in names if name != "update_freq"]
+    if before != now:
+        differences.append(
+            f"processes x --update_freq was {saved['processes']} x {then['update_freq']}, is {processes} x {options['update_freq']}"
+        )
+    if differences:
+        raise UserError(
+            f"{path} is of a run with other settings: {', '.join(differences)}; take those, or another --output_dir"
+        )
+
+
+def restore_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | None) -> None:
+    """Load the weights of a checkpoint, and of its moving average; UserError naming the keys that do not fit."""
+    for module, key in ((model, "model"), (ema, "model_ema")):
+        if module is not None:
+            if key not in saved:
+                raise UserError(f"{path} has no moving average of the weights: leave out --model_ema")
+            check_fit(saved[key], module, f"{path} does not fit --model")
+            module.load_state_dict(saved[key])
+
+
+def save_epoch(folder: Path, state: dict, *, improved: list[str], due: bool, keep: int) -> None:
+    """Write an epoch's state as the best of its kinds where it improved, and under its number when that is `due`.
+
+    Of the numbered files the `keep` newest stay; the rest goes only after the new one is safe.
+    """
+    for metric, name in (("test_acc1", "checkpoint-best.pth"), ("test_acc1_ema", "checkpoint-best-ema.pth")):
+        if metric in improved:
+            save_checkpoint(folder / name, state)
+    if due:
+        save_checkpoint(folder / f"checkpoint-{state['epoch']}.pth", state)
+        for path in [path for path in numbered_checkpoints(folder) if epoch_of(path) <= state["epoch"]][keep:]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""Runs of two processes, started as users start them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_log, write_images
+
+import main as script
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(launcher, argv, timeout=120):
+    """Two processes of main.py by torchrun ("run") or by torch.distributed.launch ("launch")."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", f"torch.distributed.{launcher}", f"--master_port={port}", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(ROOT / "main.py"), *argv]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def final(folder):
+    return torch.load(Path(folder) / "checkpoint-2.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def two_process_run(image_folder, tmp_path_factory):
+    """The folder and the options of a three-epoch run of two processes, and what it printed."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    argv = ["--data_set", "image_folder", "--data_path", str(image_folder), "--input_size", "32", "--device", "cpu",
+        "--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8", "--drop_path", "0.1",
+        "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "4", "--num_workers", "1", "--lr", "1e-3"]  # fmt: skip
+    result = launch("run", [*argv, "--output_dir", str(folder)])
+    assert result.returncode == 0, result.stderr
+    return folder, argv, result
+
+
+def test_two_processes_print_and_write_once(two_process_run):
+    folder, _, result = two_process_run
+    assert [line["epoch"] for line in read_log(folder)] == [0, 1, 2]
+    assert result.stderr.count("epoch 2: train loss") == 1
+    assert not list(folder.glob(".*"))
+
+
+def test_resumed_run_of_two_processes_equals_the_uninterrupted_one(two_process_run, tmp_path):
+    folder, argv, _ = two_process_run
+    (tmp_path / "checkpoint-0.pth").write_bytes((folder / "checkpoint-0.pth").read_bytes())
+    result = launch("launch", [*argv, "--output_dir", str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    whole, resumed = final(folder), final(tmp_path)
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    assert whole["best"] == resumed["best"]
+
+
+def test_one_process_with_accumulation_makes_the_same_updates(two_process_run, tmp_path):
+    folder, argv, _ = two_process_run
+    script.main([*argv, "--update_freq", "2", "--output_dir", str(tmp_path / "one")])
+    two, one = final(folder), final(tmp_path / "one")
+    for key in two["model"]:
+        # the same images, mixed and dropped alike; gradients are summed in another order, and AdamW divides by their size
+        torch.testing.assert_close(two["model"][key], one["model"][key], rtol=0, atol=2e-4)
+    first = [
+        {key: value for key, value in read_log(path)[0].items() if key.startswith("train_loss")}
+        for path in (folder, tmp_path / "one")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_evaluation_is_exact_over_any_number_of_processes(two_process_run):
+    folder, argv, _ = two_process_run
+    logged = read_log(folder)[-1]
+    measured = script.main(
+        [*argv, "--eval", "true", "--resume", str(folder / "checkpoint-2.pth")]
+    )  # 11 images: 6 + 5 or 11
+    assert (measured["test_acc1"], measured["test_acc5"]) == (logged["test_acc1"], logged["test_acc5"])
+    assert measured["test_loss"] == pytest.approx(logged["test_loss"], rel=1e-6)
+
+
+def test_failure_of_one_rank_ends_all_with_its_reason(two_process_run, tmp_path):
+    _, argv, _ = two_process_run
+    write_images(tmp_path / "d", "train", {"cat": 8, "dog": 8})
+    write_images(tmp_path / "d", "val", {"cat": 2, "dog": 2})
+    broken = tmp_path / "d" / "train" / "dog" / "003.jpg"
+    broken.write_bytes(b"")
+    result = launch(
+        "run", [*argv, "--data_path", str(tmp_path / "d"), "--output_dir", str(tmp_path / "run")], timeout=90
+    )
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("main.py: error (rank ")]
+    assert len(lines) == 1 and str(broken) in lines[0]
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_help_and_usage_errors_need_no_torch():
+    watch = "import sys; sys.argv = sys.argv[1:]; import runpy\ntry:\n  runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n  print('torch' in sys.modules, end.code)"
+    for script_name in ("main.py", "weight_selection.py"):
+        for option, code in (("-h", "0"), ("--nonsense", "2")):
+            result = subprocess.run(
+                [sys.executable, "-c", watch, str(ROOT / script_name), option], capture_output=True, text=True
+            )
+            assert re.search(rf"^False {code}$", result.stdout, re.M), result.stdout + result.stderr
+
+
+def test_user_error_is_one_line_and_exit_code_1(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "weight_selection.py"),
+        "--output_dir",
+        str(tmp_path),
+        "--pretrained_path",
+        "none.pth",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "weight_selection.py: error: none.pth does not exist\n"

@@ -1,0 +1,518 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from conftest import read_log, write_images
+from PIL import Image
+
+import main as script
+import models
+import weight_selection
+from options import training_options
+from utils import UserError
+from weights import write_initialization
+
+LOG_KEYS = {  # the original's, for a run with mixup and without EMA
+    "train_loss", "train_lr", "train_min_lr", "train_weight_decay", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters",
+}  # fmt: skip
+
+
+def weights_of(folder, name="checkpoint-1.pth"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a), max((a[key] - b[key]).abs().max() for key in a)
+
+
+# ---- a run and what it leaves ----
+
+
+def test_run_leaves_config_log_and_checkpoints(tiny_run, tmp_path, image_folder):
+    record = script.main(tiny_run())
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "log.txt",
+        "checkpoint-0.pth",
+        "checkpoint-1.pth",
+        "checkpoint-best.pth",
+    }
+    lines = read_log(folder)
+    assert [line["epoch"] for line in lines] == [0, 1] and lines[-1] == record
+    assert lines[0].keys() >= LOG_KEYS and all(np.isfinite(value) for line in lines for value in line.values())
+    assert [line["step"] for line in lines] == [5, 10]  # 40 images in batches of 8
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["model_kwargs"] == {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+    assert config["environment"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert config["initialization"] is None
+    best = max(line["test_acc1"] for line in lines)
+    state = torch.load(folder / "checkpoint-1.pth", weights_only=True)
+    assert state["best"] == {"test_acc1": best} and state["metrics"] == lines[-1]
+
+
+def test_run_without_output_dir_writes_nothing(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint-0.pth").write_text("not ours: an empty --output_dir must not resume from here")
+    record = script.main(tiny_run("--epochs", "1", output_dir=""))
+    assert record["epoch"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+
+
+def test_same_seed_same_weights_and_another_seed_others(tiny_run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        script.main(tiny_run("--seed", seed, "--epochs", "1", output_dir=tmp_path / name))
+    a, b, c = (weights_of(tmp_path / name, "checkpoint-0.pth") for name in "abc")
+    assert_equal_weights(a, b)
+    assert not torch.equal(a["norm.weight"], c["norm.weight"])
+
+
+def test_loss_falls_on_images_that_can_be_told_apart(tiny_run, tmp_path):
+    script.main(
+        tiny_run(
+            "--epochs",
+            "10",
+            "--aa",
+            "none",
+            "--reprob",
+            "0",
+            "--mixup",
+            "0",
+            "--cutmix",
+            "0",
+            "--smoothing",
+            "0",
+            "--color_jitter",
+            "0",
+            "--lr",
+            "3e-3",
+        )
+    )
+    lines = read_log(tmp_path / "run")
+    assert lines[-1]["train_loss"] < 0.6 * lines[0]["train_loss"]
+    assert lines[-1]["train_class_acc"] > lines[0]["train_class_acc"]
+    assert lines[-1]["test_acc1"] >= 90
+
+
+# ---- resuming ----
+
+EXTRAS = {
+    "plain": [],
+    "everything": ["--model_ema", "true", "--model_ema_decay", "0.9", "--model_ema_eval", "true", "--update_freq", "2", "--clip_grad", "1",
+        "--drop_path", "0.2", "--weight_decay_end", "0.2", "--use_amp", "true", "--amp_dtype", "bfloat16", "--layer_decay", "0.8", "--batch_size", "4"],
+    "workers": ["--num_workers", "2"],
+    "float16": ["--use_amp", "true", "--amp_dtype", "float16"],
+}  # fmt: skip
+
+
+def interrupt_after(monkeypatch, epoch):
+    """Let a run die in the middle of the epoch after `epoch`."""
+    real = script.train_one_epoch
+
+    def dying(*args, **kwargs):
+        if kwargs["epoch"] > epoch:
+            raise RuntimeError("the plug is pulled")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(script, "train_one_epoch", dying)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(extra, tiny_run, tmp_path, monkeypatch):
+    options = [*EXTRAS[extra], "--epochs", "3"]
+    script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        interrupt_after(patch, 0)
+        script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
+    script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
+    whole, cut = (torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("whole", "cut"))
+    for part in ("model", "model_ema") if extra == "everything" else ("model",):
+        assert_equal_weights(whole[part], cut[part])
+    moments = [state["optimizer"]["state"][0]["exp_avg_sq"] for state in (whole, cut)]
+    assert torch.equal(*moments) and whole["scaler"] == cut["scaler"] and whole["best"] == cut["best"]
+    timeless = [
+        [
+            {k: v for k, v in line.items() if "seconds" not in k and "second" not in k}
+            for line in read_log(tmp_path / name)
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_best_is_kept_across_a_resume(tiny_run, tmp_path, monkeypatch):
+    accuracies = iter([70.0, 60.0, 65.0])
+    real = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": next(accuracies)})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        interrupt_after(patch, 1)
+        script.main(tiny_run("--epochs", "3"))
+    script.main(tiny_run("--epochs", "3"))
+    best = torch.load(tmp_path / "run" / "checkpoint-best.pth", weights_only=True)
+    assert (best["epoch"], best["best"]["test_acc1"]) == (0, 70.0)
+    assert torch.load(tmp_path / "run" / "checkpoint-2.pth", weights_only=True)["best"]["test_acc1"] == 70.0
+
+
+def test_crash_between_log_and_checkpoint_leaves_each_epoch_once(tiny_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        patch.setattr(script, "save_epoch", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("the plug is pulled")))
+        script.main(tiny_run())
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0]
+    script.main(tiny_run())
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1]
+
+
+def test_finished_run_is_left_alone(tiny_run, tmp_path, caplog):
+    first = script.main(tiny_run())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert script.main(tiny_run()) == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+def test_resume_names_a_file_and_starts_a_new_folder(tiny_run, tmp_path):
+    script.main(tiny_run(output_dir=tmp_path / "a"))
+    script.main(tiny_run("--resume", tmp_path / "a" / "checkpoint-0.pth", output_dir=tmp_path / "b"))
+    assert [line["epoch"] for line in read_log(tmp_path / "b")] == [1]
+    assert_equal_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+
+
+def test_resuming_with_other_settings_names_them_and_changes_nothing(tiny_run, tmp_path):
+    script.main(tiny_run("--epochs", "2"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match=r"other settings: --mixup was 0\.8, is 0\.0, --lr was 0\.001, is 0\.5"):
+        script.main(tiny_run("--lr", "0.5", "--mixup", "0"))
+    with pytest.raises(UserError, match=r"--initialize was , is vit\.pth"):
+        script.main(tiny_run("--initialize", "vit.pth"))
+    with pytest.raises(UserError, match=r"processes x --update_freq was 1 x 1, is 1 x 2"):
+        script.main(tiny_run("--update_freq", "2"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_settings_that_decide_nothing_may_change(tiny_run):
+    script.main(tiny_run("--epochs", "1"))
+    script.main(tiny_run("--epochs", "1", "--num_workers", "1", "--log_freq", "3", "--progress", "false"))
+
+
+# ---- evaluation ----
+
+
+def test_eval_gives_the_logged_accuracy(tiny_run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    script.main(tiny_run("--model_ema", "true", "--model_ema_eval", "true"))
+    for more, line in (
+        (["--eval", "true"], -1),
+        (["--eval", "true", "--resume", tmp_path / "run" / "checkpoint-0.pth"], 0),
+    ):
+        measured = script.main(tiny_run("--model_ema", "true", "--model_ema_eval", "true", *more))
+        logged = read_log(tmp_path / "run")[line]
+        assert measured == {key: logged[key] for key in measured}
+    assert "11 images: test loss" in caplog.text
+    assert len(read_log(tmp_path / "run")) == 2
+
+
+def test_eval_of_random_weights_says_so(tiny_run, caplog):
+    script.main(tiny_run("--eval", "true", output_dir=""))
+    assert "the weights are random" in caplog.text
+
+
+def test_disable_eval_trains_without_evaluation_data(tiny_run, tmp_path):
+    write_images(tmp_path / "only", "train", {"a": 8, "b": 8})
+    script.main(tiny_run("--data_path", tmp_path / "only", "--disable_eval", "true"))
+    assert all("test_acc1" not in line for line in read_log(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoint-best.pth").exists()
+
+
+def test_eval_data_path_and_fraction(tiny_run, image_folder, tmp_path):
+    record = script.main(
+        tiny_run(
+            "--data_fraction",
+            "0.4",
+            "--eval_data_path",
+            image_folder / "train",
+            "--epochs",
+            "1",
+            "--warmup_epochs",
+            "0",
+        )
+    )
+    assert record["step"] == 2  # 16 of 40 images in batches of 8
+    assert record["test_acc1"] * 40 / 100 == pytest.approx(round(record["test_acc1"] * 40 / 100))
+
+
+# ---- initialization ----
+
+
+@pytest.fixture
+def initialization(tmp_path):
+    """The folder of an initialization file for the tiny ViT, and its weights."""
+    kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    larger = models.create("vit_tiny", {**kwargs, "embed_dim": 64})
+    torch.save(larger.state_dict(), tmp_path / "teacher.pth")
+    tensors, description = weight_selection.initialize(
+        "vit_tiny",
+        "vit_tiny",
+        teacher_kwargs={**kwargs, "embed_dim": 64},
+        student_kwargs=kwargs,
+        pretrained_path=str(tmp_path / "teacher.pth"),
+    )
+    (tmp_path / "init").mkdir()
+    write_initialization(tmp_path / "init" / "vit.pth", tensors, description)
+    return tmp_path / "init", tensors
+
+
+@pytest.mark.parametrize("name", ["", "vit.pth"])
+def test_training_starts_from_the_selected_weights(name, initialization, tiny_run, tmp_path):
+    folder, tensors = initialization
+    script.main(
+        tiny_run("--initialize", folder / name, "--lr", "0", "--min_lr", "0", "--epochs", "1", "--warmup_epochs", "0")
+    )
+    trained = weights_of(tmp_path / "run", "checkpoint-0.pth")
+    assert all(torch.equal(trained[key], value) for key, value in tensors.items())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (
+        config["initialization"]["teacher"]["model"] == "vit_tiny_patch16_224"
+        and len(config["initialization"]["sha256"]) == 64
+    )
+
+
+def test_head_of_another_class_count_is_dropped_and_said(initialization, tiny_run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    _, tensors = initialization
+    torch.save({**tensors, "head.weight": torch.zeros(7, 32), "head.bias": torch.zeros(7)}, tmp_path / "seven.pth")
+    script.main(tiny_run("--initialize", tmp_path / "seven.pth", "--epochs", "1"))
+    assert "head.weight, head.bias is for other classes; the head starts from random values" in caplog.text
+    torch.save({**tensors, "head.weight": torch.ones(3, 32), "head.bias": torch.zeros(3)}, tmp_path / "three.pth")
+    script.main(
+        tiny_run(
+            "--initialize",
+            tmp_path / "three.pth",
+            "--epochs",
+            "1",
+            "--lr",
+            "0",
+            "--min_lr",
+            "0",
+            output_dir=tmp_path / "b",
+        )
+    )
+    assert torch.equal(weights_of(tmp_path / "b", "checkpoint-0.pth")["head.weight"], torch.ones(3, 32))
+
+
+def test_checkpoint_of_a_run_can_start_another(tiny_run, tmp_path):
+    script.main(tiny_run("--epochs", "1", output_dir=tmp_path / "a"))
+    script.main(
+        tiny_run("--epochs", "1", "--lr", "0", "--min_lr", "0", "--initialize", tmp_path / "a" / "checkpoint-0.pth")
+    )
+    assert_equal_weights(
+        weights_of(tmp_path / "a", "checkpoint-0.pth"), weights_of(tmp_path / "run", "checkpoint-0.pth")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cls_token": torch.zeros(1, 1, 16)},
+            r"does not fit --model vit_tiny: cls_token is \[1, 1, 16\], not \[1, 1, 32\]",
+        ),
+        ({"cls_token": None}, "cls_token is missing"),
+        ({"extra.weight": torch.zeros(1)}, r"extra\.weight is unknown"),
+        ({"norm.bias": torch.full((32,), torch.nan)}, r"norm\.bias holds values that are not finite"),
+    ],
+)
+def test_initialization_that_does_not_fit_names_the_keys(change, message, initialization, tiny_run, tmp_path):
+    tensors = {key: value for key, value in (initialization[1] | change).items() if value is not None}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        script.main(tiny_run("--initialize", tmp_path / "x.pth"))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_initialization_for_another_model_is_named(initialization, tiny_run, tmp_path):
+    _, tensors = initialization
+    write_initialization(tmp_path / "c.pth", tensors, {"family": "convnext", "student": {"model": "convnext_femto"}})
+    with pytest.raises(UserError, match=r"c\.pth was made for convnext_femto, but --model is vit_tiny"):
+        script.main(tiny_run("--initialize", tmp_path / "c.pth"))
+    with pytest.raises(UserError, match="missing.pth does not exist"):
+        script.main(tiny_run("--initialize", tmp_path / "missing.pth"))
+
+
+# ---- data that is not there, or not right ----
+
+
+def test_missing_data_is_named(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        script.main(tiny_run("--data_path", tmp_path / "nowhere"))
+
+
+def test_different_classes_are_named(tiny_run, tmp_path):
+    write_images(tmp_path / "d", "train", {"cat": 8, "dog": 8})
+    write_images(tmp_path / "d", "val", {"cat": 2, "bird": 2})
+    with pytest.raises(UserError, match="dog.*bird"):
+        script.main(tiny_run("--data_path", tmp_path / "d"))
+
+
+def test_class_count_that_disagrees_is_named(tiny_run):
+    with pytest.raises(UserError, match="--nb_classes 4, but --data_set image_folder has 3"):
+        script.main(tiny_run("--nb_classes", "4"))
+    assert script.main(tiny_run("--nb_classes", "3", "--epochs", "1"))["epoch"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_is_named(workers, tiny_run, tmp_path):
+    write_images(tmp_path / "d", "train", {"cat": 8, "dog": 8})
+    write_images(tmp_path / "d", "val", {"cat": 2, "dog": 2})
+    broken = tmp_path / "d" / "train" / "dog" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(UserError) as caught:
+        script.main(tiny_run("--data_path", tmp_path / "d", "--num_workers", workers))
+    assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--update_freq", "6"], "48 images an update, but the training set has 40: --update_freq can be 5 at most"),
+        (["--batch_size", "64"], "the training set has 40: --batch_size can be 40 at most"),
+        (["--warmup_steps", "11"], "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
+        (["--model", "vit_tny"], "vit_tny is not a model"),
+        (["--model_kwargs", "num_heads=5"], "vit_tiny cannot be built"),
+        (["--opt", "adamx"], "--opt adamx cannot be built"),
+        (["--aa", "rnd-m9"], "--aa .?rnd-m9"),
+        (["--device", "gpu"], "--device gpu is not auto, cuda, cuda:N, mps or cpu"),
+        (["--head_init_scale", "0.5"], "--head_init_scale 0.5 is for convnext"),
+        (["--resume", "nothing.pth"], "nothing.pth does not exist"),
+    ],
+)
+def test_what_only_the_data_or_the_model_shows_ends_in_one_line(more, message, tiny_run):
+    with pytest.raises(UserError, match=message) as caught:
+        script.main(tiny_run(*more))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_named(tiny_run):
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
+        script.main(tiny_run("--device", "cuda"))
+
+
+def test_more_processes_than_gpus_are_named(monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes on this node, but 2 GPUs: start at most 2"):
+        distributed.pick_device("cuda")
+
+
+def test_output_dir_that_cannot_be_written_is_named(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--output_dir .*file/run cannot be written to"):
+        script.main(tiny_run(output_dir=tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("package", ["tensorboardX", "wandb"])
+def test_missing_optional_package_is_named(package, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    more = ["--log_dir", tmp_path / "tb"] if package == "tensorboardX" else ["--enable_wandb", "true"]
+    with pytest.raises(UserError, match=f"needs the package {package}: pip install {package}"):
+        script.main(tiny_run(*more))
+
+
+# ---- usage errors ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--warmup_epochs", "5", "--epochs", "3"], "--warmup_epochs 5 is longer than the run, --epochs 3"),
+        (["--batch_size", "7"], "--batch_size 7 is odd, but mixup and cutmix pair"),
+        (["--data_set", "CIFAR1000"], "--data_set CIFAR1000 is none of CIFAR10"),
+        (["--use_amp", "maybe"], "'maybe' is neither true nor false"),
+        (["--epochs", "0"], "0 is not at least 1"),
+        (["--smoothing", "1.5"], "1.5 is not from 0 to 1"),
+        (["--model_kwargs", "depth"], "'depth' is not of the form name=value"),
+        (["--initialize", "http://example.org/x.pth"], r"a URL has to be https://…#sha256="),
+        (["--batchsize", "64"], "unrecognized arguments: --batchsize"),
+        (["--eval", "true", "--disable_eval", "true"], "leave nothing to do"),
+    ],
+)
+def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        training_options(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_defaults_are_the_originals(reference):
+    ours = vars(training_options([]))
+    changed = {"device": "auto", "nb_classes": None}  # by the design
+    for name, value in reference["defaults"].items():
+        assert ours[name] == changed.get(name, value), name
+
+
+def test_every_option_of_the_launchers_is_accepted(tiny_run, caplog):
+    for spelling in ("--local_rank", "--local-rank"):
+        assert training_options([spelling + "=3"]).local_rank == 3
+    script.main(tiny_run("--resplit", "true", "--dist_on_itp", "true", "--eval", "true"))
+    assert "--resplit is accepted and has no effect" in caplog.text and "--dist_on_itp is accepted" in caplog.text
+
+
+# ---- writers, models, precision ----
+
+
+def test_tensorboard_and_wandb_get_the_figures(tiny_run, tmp_path):
+    script.main(
+        tiny_run("--log_dir", tmp_path / "tb", "--enable_wandb", "true", "--wandb_ckpt", "true", "--epochs", "1")
+    )
+    wandb.teardown()  # waits for its service to write the file out
+    events = next((tmp_path / "tb").glob("events*")).read_bytes()
+    assert b"test/acc1" in events and b"train/loss" in events
+    run_folder = next((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    stored = next(run_folder.glob("*.wandb")).read_bytes()
+    assert b"test/acc1" in stored and b"train/lr" in stored
+    assert (tmp_path / "run" / "wandb_id.txt").read_text().strip() in run_folder.name
+
+
+def test_progress_bar_shows_loss_speed_and_time_left(tiny_run, capsys):
+    script.main(tiny_run("--progress", "true", "--epochs", "1", "--log_freq", "1"))
+    shown = capsys.readouterr().err
+    assert "epoch 0/0" in shown and "img/s" in shown and "left" in shown and "loss" in shown
+
+
+@pytest.mark.parametrize("name", ["convnext_femto", "resnet18", "convnextv2_atto"])
+def test_other_models_train_and_resume(name, tiny_run, tmp_path):
+    kwargs = {
+        "convnext_femto": ["depths=[1,1,1,1]", "dims=[4,8,8,8]"],
+        "resnet18": ["layers=[1,1,1,1]"],
+        "convnextv2_atto": ["depths=[1,1,1,1]", "dims=[4,8,8,8]"],
+    }
+    argv = [*tiny_run("--epochs", "1"), "--model", name]
+    argv[argv.index("--model_kwargs") + 1 : argv.index("--model_kwargs") + 5] = kwargs[name]
+    more = ["--channels_last"] if name == "convnext_femto" else []
+    record = script.main([*argv, *more])
+    assert record == script.main([*argv, *more])
+    assert np.isfinite(record["train_loss"])
+
+
+def test_image_of_another_size_and_grey_are_resized(tiny_run, tmp_path):
+    for split, size in (("train", 48), ("val", 20)):
+        for name in ("a", "b"):
+            folder = tmp_path / "d" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.full((size, size + 5), 50 + i, np.uint8)).save(folder / f"{i}.png")
+    assert script.main(tiny_run("--data_path", tmp_path / "d", "--epochs", "1"))["step"] == 1
+
+
+def test_compiled_model_keeps_the_names_of_its_weights(tiny_run, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(type(self).__name__))
+    script.main(tiny_run("--compile", "--epochs", "1"))
+    assert compiled == ["VisionTransformer"]
+    assert "cls_token" in weights_of(tmp_path / "run", "checkpoint-0.pth")
