@@ -26,20 +26,27 @@ def mean_and_std(imagenet_default: bool) -> tuple[tuple[float, ...], tuple[float
 
 
 def train_transform(
-    input_size: int, *, color_jitter: float | None, aa: str, interpolation: str, reprob: float, remode: str,
-    recount: int, mean: Sequence[float], std: Sequence[float]
+    input_size: int, mean: Sequence[float], std: Sequence[float], *, hflip: float, color_jitter: float | None, aa: str,
+    train_interpolation: str, reprob: float, remode: str, recount: int
 ) -> transforms.Compose:  # fmt: skip
     """timm's training transform, PIL image to float [3, S, S]; up to 32 px a padded crop, not a resized one.
 
     `aa` is one of timm's policies; "" or "none" for none, and color_jitter counts. UserError for another.
     """
     erasing = {"re_prob": reprob, "re_mode": remode, "re_count": recount}
-    options = {"color_jitter": color_jitter, "interpolation": interpolation, "mean": mean, "std": std, **erasing}
+    options = {
+        "hflip": hflip,
+        "color_jitter": color_jitter,
+        "interpolation": train_interpolation,
+        "mean": mean,
+        "std": std,
+        **erasing,
+    }
     policy = None if aa in ("", "none", None) else aa
     try:
         transform = timm.data.create_transform(input_size, is_training=True, auto_augment=policy, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"timm refuses --aa {aa!r}, --train_interpolation {interpolation} ({error})") from error
+        raise UserError(f"timm refuses --aa {aa!r}, --train_interpolation {train_interpolation} ({error})") from error
     if input_size <= 32:
         transform.transforms[:1] = [_resize(input_size), transforms.RandomCrop(input_size, padding=4)]
     _allow_zero_bits(transform)
@@ -47,7 +54,7 @@ def train_transform(
 
 
 def eval_transform(
-    input_size: int, *, crop_pct: float | None = None, mean: Sequence[float], std: Sequence[float]
+    input_size: int, mean: Sequence[float], std: Sequence[float], *, crop_pct: float | None = None
 ) -> transforms.Compose:
     """The short side to input_size / crop_pct (224 / 256), centre crop; up to 32 and from 384 px the whole image."""
     steps = [_resize(input_size)]
@@ -202,11 +209,11 @@ class Mixer:
 
 
 def build_mixer(
-    *, mixup: float, cutmix: float, cutmix_minmax: Sequence[float] | None, prob: float, switch_prob: float, mode: str,
-    smoothing: float, num_classes: int, seed: int
+    *, mixup: float, cutmix: float, cutmix_minmax: Sequence[float] | None, mixup_prob: float, mixup_switch_prob: float,
+    mixup_mode: str, smoothing: float, num_classes: int, seed: int
 ) -> Mixer | None:  # fmt: skip
     """A Mixer by timm's arguments; None when mixup, cutmix and cutmix_minmax are all off."""
     if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
         return None
-    how = {"prob": prob, "switch_prob": switch_prob, "mode": mode, "label_smoothing": smoothing}
+    how = {"prob": mixup_prob, "switch_prob": mixup_switch_prob, "mode": mixup_mode, "label_smoothing": smoothing}
     return Mixer(timm.data.Mixup(mixup, cutmix, cutmix_minmax or None, num_classes=num_classes, **how), seed)

@@ -18,6 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import datasets
 import distributed
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     val_loader = make_val_loader(options, val_images) if val_images else None
 
     seed_all(options.seed)
-    model = make_model(options, num_classes)
+    shape = pick(options, "input_size drop_path layer_scale_init_value head_init_scale model_kwargs")
+    model = build_model(options.model, num_classes=num_classes, **shape)
     source = saved["initialization"] if saved else initialize(model, options) if options.initialize else None
     model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     ema = make_ema(model, options) if options.model_ema else None
@@ -156,64 +158,46 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
     return train_images, val_images, num_classes
 
 
-def make_train_loader(options: argparse.Namespace, images: datasets.Images):
+def make_train_loader(options: argparse.Namespace, images: datasets.Images) -> DataLoader:
     """Augmented batches of this rank, in an order derived from the seed."""
     world = distributed.world_size()
     loader.check_batches(len(images), options.batch_size, options.update_freq, world, mixing(options))
-    mean, std = loader.mean_and_std(options.imagenet_default_mean_and_std)
-    transform = loader.train_transform(
-        options.input_size,
-        color_jitter=options.color_jitter,
-        aa=options.aa,
-        interpolation=options.train_interpolation,
-        reprob=options.reprob,
-        remode=options.remode,
-        recount=options.recount,
-        mean=mean,
-        std=std,
-    )
+    augmentation = pick(options, "hflip color_jitter aa train_interpolation reprob remode recount")
+    transform = loader.train_transform(options.input_size, *mean_and_std(options), **augmentation)
     batches = loader.TrainBatches(
-        len(images),
-        batch_size=options.batch_size,
-        update_freq=options.update_freq,
-        world_size=world,
-        rank=distributed.rank(),
-        seed=options.seed,
+        len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
     )
     dataset = loader.TransformedImages(images, transform, options.seed)
-    pin = options.pin_mem and torch.cuda.is_available()
-    return loader.make_loader(dataset, batch_sampler=batches, num_workers=options.num_workers, pin_memory=pin)
+    return loader.make_loader(dataset, batch_sampler=batches, **worker_options(options))
 
 
-def make_val_loader(options: argparse.Namespace, images: datasets.Images):
+def make_val_loader(options: argparse.Namespace, images: datasets.Images) -> DataLoader:
     """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
-    mean, std = loader.mean_and_std(options.imagenet_default_mean_and_std)
-    transform = loader.eval_transform(options.input_size, crop_pct=options.crop_pct, mean=mean, std=std)
-    shared = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
-    return loader.make_loader(
-        loader.TransformedImages(images, transform),
-        batch_size=int(1.5 * options.batch_size),
-        indices=loader.shard(len(images), *shared),
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and torch.cuda.is_available(),
+    dataset = loader.TransformedImages(
+        images, loader.eval_transform(options.input_size, *mean_and_std(options), crop_pct=options.crop_pct)
     )
+    share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
+    batch_size = int(1.5 * options.batch_size)
+    return loader.make_loader(
+        dataset, batch_size=batch_size, indices=loader.shard(len(images), *share), **worker_options(options)
+    )
+
+
+def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return loader.mean_and_std(options.imagenet_default_mean_and_std)
+
+
+def worker_options(options: argparse.Namespace) -> dict:
+    return {"num_workers": options.num_workers, "pin_memory": options.pin_mem and torch.cuda.is_available()}
+
+
+def pick(options: argparse.Namespace, names: str) -> dict:
+    """The named options, for a function whose parameters are called like them."""
+    return {name: getattr(options, name) for name in names.split()}
 
 
 def mixing(options: argparse.Namespace) -> bool:
     return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
-
-
-def make_model(options: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The model with its random weights."""
-    return build_model(
-        options.model,
-        num_classes=num_classes,
-        input_size=options.input_size,
-        drop_path=options.drop_path,
-        layer_scale_init_value=options.layer_scale_init_value,
-        head_init_scale=options.head_init_scale,
-        model_kwargs=options.model_kwargs,
-    )
 
 
 def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
@@ -261,6 +245,7 @@ def make_trainer(
     if torch.distributed.is_initialized():
         devices = [precision.device.index] if precision.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    mixing_options = pick(options, "mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode smoothing seed")
     return Trainer(
         model=model,
         criterion=criterion,
@@ -268,23 +253,9 @@ def make_trainer(
         precision=precision,
         lr=cosine_schedule(options.lr, options.min_lr, steps=steps, warmup_steps=warmup),
         weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
-        update_freq=options.update_freq,
-        clip_grad=options.clip_grad,
-        mixer=loader.build_mixer(
-            mixup=options.mixup,
-            cutmix=options.cutmix,
-            cutmix_minmax=options.cutmix_minmax,
-            prob=options.mixup_prob,
-            switch_prob=options.mixup_switch_prob,
-            mode=options.mixup_mode,
-            smoothing=options.smoothing,
-            num_classes=num_classes,
-            seed=options.seed,
-        ),
+        mixer=loader.build_mixer(num_classes=num_classes, **mixing_options),
         ema=ema,
-        seed=options.seed,
-        log_freq=options.log_freq,
-        channels_last=options.channels_last,
+        **pick(options, "update_freq clip_grad seed log_freq channels_last"),
     )
 
 

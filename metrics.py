@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed import all_sum
-from utils import UserError
+from utils import UserError, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +57,9 @@ class EpochLog:
     def __init__(self, path: Path, first_epoch: int):
         """Open the log of a run that goes on at `first_epoch`: later lines, of a run cut off, are dropped."""
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["epoch"] < first_epoch]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-
-    def _lines(self) -> list[str]:
-        """The whole lines of the file; what a crash left of the last one is not among them."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        kept = [line for line in lines if first_epoch > _epoch_in(line) >= 0]
+        write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
 
     def append(self, record: dict) -> None:
         """Add an epoch; numbers that JSON has no word for (nan, inf) become null."""
@@ -78,6 +71,14 @@ class EpochLog:
             file.write(json.dumps(plain) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _epoch_in(line: str) -> int:
+    """The epoch of a line of log.txt; -1 if it is none, as the last one is after a crash."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 class Reporter:

@@ -178,6 +178,7 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
 
     add = parser.add_argument_group("augmentation").add_argument
+    add("--hflip", type=share, default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
     add("--color_jitter", type=float, default=0.4, help="strength, where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy; none for none")
     add(

@@ -211,10 +211,10 @@ def read_teacher(name: str, kwargs: dict, path: str | None, model_key: str) -> t
 
     Raises UserError for an unknown name, weights that cannot be had, and a file that is not this teacher's.
     """
+    if path is None:
+        return _download(name, kwargs)
     teacher = models.create(name, kwargs, device="meta")
     family = _known_family(name, teacher)
-    if path is None:
-        return _download(name, kwargs), teacher
     if path.endswith(".npz"):
         return _read_npz(path, name, kwargs), teacher
     tensors = CONVERTERS[family](read_weights(path, model_key), teacher)
@@ -231,18 +231,22 @@ def _known_family(name: str, model: nn.Module) -> str:
     return family
 
 
-def _download(name: str, kwargs: dict) -> dict[str, Tensor]:
-    """The pretrained weights that timm knows by `name`, from its cache or the network."""
+def _download(name: str, kwargs: dict) -> tuple[dict[str, Tensor], nn.Module]:
+    """The pretrained weights that timm knows by `name`, from its cache or the network, and the model."""
     if name in models.VARIANTS:
         raise UserError(
             f"--pretrained_model {name} is a shape without weights: give --pretrained_path FILE, or a timm name"
         )
+    models.timm_arguments(name, kwargs)  # a wrong name is said before anything is tried
     log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
     try:
-        return models.create(name, kwargs, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:  # timm and its hub client raise both, for names and for the network
-        reason = first_line(error)
-        raise UserError(f"no weights for --pretrained_model {name} ({reason}); give --pretrained_path FILE") from error
+        teacher = models.create(name, kwargs, pretrained=True)
+    except UserError as error:
+        raise UserError(
+            f"--pretrained_model {error}; give --pretrained_path FILE, or a name that has weights"
+        ) from error
+    _known_family(name, teacher)
+    return teacher.state_dict(), teacher
 
 
 def _read_npz(path: str, name: str, kwargs: dict) -> dict[str, Tensor]:

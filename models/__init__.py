@@ -48,15 +48,19 @@ def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
 def create(name: str, kwargs: dict, *, pretrained: bool = False, device: str = "cpu") -> nn.Module:
     """The model `name` built with `kwargs`; on device "meta" it has shapes and no values.
 
-    Raises UserError for an unknown name and for arguments that the constructor does not take.
+    Raises UserError for an unknown name, arguments that the constructor does not take, and weights that cannot be had.
     """
     timm_name, arguments = timm_arguments(name, kwargs)
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # timm on its own old names, handled above
             return timm.create_model(timm_name, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{name} cannot be built with {arguments}: {first_line(error)}") from error
+    except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        # timm's constructors raise the first four, its look-up of names and weights and its hub client the last two
+        how = "loaded" if pretrained else "built"
+        raise UserError(
+            f"{name} cannot be {how}{f' with {arguments}' * bool(arguments)}: {first_line(error)}"
+        ) from error
 
 
 def build_model(

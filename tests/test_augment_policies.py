@@ -22,11 +22,13 @@ POLICIES = [
     *("augmix", "augmix-m10", "augmix-m5-w4-d2", "augmix-m10-b1", "augmix-m10-mstd0.5"),
 ]
 MEAN, STD = loader.mean_and_std(True)
-OPTIONS = {"color_jitter": 0.4, "interpolation": "bicubic", "mean": MEAN, "std": STD}
+OPTIONS = {"color_jitter": 0.4, "mean": MEAN, "std": STD}
 
 
 def train_transform(aa, input_size=32):
-    return loader.train_transform(input_size, aa=aa, reprob=0.25, remode="pixel", recount=1, **OPTIONS)
+    return loader.train_transform(
+        input_size, aa=aa, reprob=0.25, remode="pixel", recount=1, train_interpolation="bicubic", hflip=0.5, **OPTIONS
+    )
 
 
 def operations(part):
@@ -91,7 +93,9 @@ def test_posterize_with_bits_left_equals_timm():
 @pytest.mark.parametrize("aa", [RECIPE, "v0", "augmix-m9-mstd0.5"])
 def test_draws_are_those_of_timm_unwrapped(aa):
     ours = train_transform(aa, 48)
-    timms = create_transform(48, is_training=True, auto_augment=aa, re_prob=0.25, re_mode="pixel", **OPTIONS)
+    timms = create_transform(
+        48, is_training=True, auto_augment=aa, re_prob=0.25, re_mode="pixel", interpolation="bicubic", **OPTIONS
+    )
     compared = 0
     for seed in range(150):
         seed_all(seed)

@@ -73,9 +73,9 @@ def test_host_waits_only_at_log_steps(mixed, monkeypatch):
         mixup=0.8,
         cutmix=1.0,
         cutmix_minmax=None,
-        prob=1.0,
-        switch_prob=0.5,
-        mode="batch",
+        mixup_prob=1.0,
+        mixup_switch_prob=0.5,
+        mixup_mode="batch",
         smoothing=0.1,
         num_classes=3,
         seed=0,
@@ -260,7 +260,7 @@ def test_precision_is_chosen_by_device_and_name(monkeypatch, caplog):
 
 def test_log_keeps_each_epoch_once_and_drops_what_a_crash_left(tmp_path):
     path = tmp_path / "log.txt"
-    path.write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a"')
+    path.write_text('{"epoch": 0, "a": 1}\n\x00garbage\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a"')
     log = EpochLog(path, 1)
     log.append({"epoch": 1, "a": math.nan})
     assert path.read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": null}\n'

@@ -24,7 +24,8 @@ def recipe(input_size):
         input_size,
         color_jitter=0.4,
         aa="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic",
+        hflip=0.5,
+        train_interpolation="bicubic",
         reprob=0.25,
         remode="pixel",
         recount=1,
@@ -307,7 +308,14 @@ def test_odd_batch_is_refused_only_with_mixup():
 
 
 def mixer(**changes):
-    options = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "prob": 1.0, "switch_prob": 0.5, "mode": "batch"}
+    options = {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "cutmix_minmax": None,
+        "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5,
+        "mixup_mode": "batch",
+    }
     return loader.build_mixer(**{**options, "smoothing": 0.1, "num_classes": 3, "seed": 0, **changes})
 
 
@@ -318,15 +326,15 @@ def mixed(key, **changes):
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_mixing_depends_on_seed_step_and_chunk_alone(mode):
-    images, targets = mixed((7, 1), mode=mode)
+    images, targets = mixed((7, 1), mixup_mode=mode)
     np.random.seed(99)
-    again_images, again_targets = mixed((7, 1), mode=mode)
+    again_images, again_targets = mixed((7, 1), mixup_mode=mode)
     assert torch.equal(images, again_images)
     assert torch.equal(targets, again_targets)
     assert torch.allclose(targets.sum(1), torch.ones(4))
-    assert not torch.equal(images, mixed((7, 2), mode=mode)[0])
-    assert not torch.equal(images, mixed((8, 1), mode=mode)[0])
-    assert not torch.equal(images, mixed((7, 1), mode=mode, seed=1)[0])
+    assert not torch.equal(images, mixed((7, 2), mixup_mode=mode)[0])
+    assert not torch.equal(images, mixed((8, 1), mixup_mode=mode)[0])
+    assert not torch.equal(images, mixed((7, 1), mixup_mode=mode, seed=1)[0])
 
 
 def test_mixing_leaves_the_global_generators_as_they_were():

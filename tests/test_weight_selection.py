@@ -343,6 +343,14 @@ def test_names_of_old_timm_are_known():
             r"dropped by timm 1.x without a successor.*beit_base_patch16_224",
         ),
         (["--student_model", "vit_tny"], "vit_tny is not a model.*vit_tiny"),
+        (
+            ["--pretrained_model", "vit_small_patch16_224.nonsense"],
+            "vit_small_patch16_224.nonsense cannot be loaded: .*tag",
+        ),
+        (
+            ["--pretrained_model", "hf-hub:timm/nobody_knows"],
+            "hf-hub:timm/nobody_knows cannot be loaded: .*--pretrained_path FILE",
+        ),
         (["--student_model", "resnet18"], "resnet18 is a ResNet; the families to select from are vit, convnext"),
         (["--pretrained_model", "convnext_tiny_in22k", "--pretrained_path", "x"], "x does not exist"),
         (["--student_kwargs", "depth=two"], r"vit_tiny cannot be built"),
@@ -360,7 +368,8 @@ def test_wrong_names_end_in_one_line_and_write_nothing(argv, message, tmp_path):
 def test_without_network_the_hint_comes_before_the_download(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(
-        UserError, match=r"no weights for --pretrained_model vit_small_patch16_224_in21k .*--pretrained_path FILE"
+        UserError,
+        match=r"--pretrained_model vit_small_patch16_224_in21k cannot be loaded: .*give --pretrained_path FILE",
     ):
         run(tmp_path, "--model_type", "vit", "--pretrained_model", "vit_small_patch16_224_in21k")
     assert "without network, stop and give --pretrained_path" in caplog.text

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The method end to end on two CPU cores, without a download but the packages: a ViT teacher learns Fashion-MNIST, a ViT
+# half as wide inherits its weights, and it and one of random weights learn scikit-learn's digits, three seeds each.
+#
+#     ./demo.sh            results in demo_output/: table.md, curves.png, one folder a run
+#
+# A second call keeps what is finished and resumes what was interrupted; remove demo_output/ to start anew.
+# PYTHON names the interpreter that makes .venv (default: python3, 3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup_venv.sh
+
+SECONDS=0 # bash counts on from here: the time below is without the installation
+out=demo_output
+teacher_epochs=6
+teacher_model="embed_dim=128 depth=6 num_heads=4 patch_size=8"
+student_model="embed_dim=64 depth=6 num_heads=2 patch_size=8"
+# the same for all runs, with and without inherited weights
+recipe="--model vit_tiny --input_size 32 --batch_size 64 --warmup_epochs 2 --lr 1e-3 --mixup 0 --cutmix 0 --aa none
+        --color_jitter 0 --hflip 0 --reprob 0 --device cpu --num_workers 0 --save_ckpt_num 1 --log_freq 1000 --progress false"
+# One thread a run: a model this small gains little from a second one, and the second core takes a second run.
+export OMP_NUM_THREADS=1
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
+say() { printf '[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
+
+# train_student NAME OPTION...: one run on the digits, its messages in a file beside its folder, one line here.
+# To be called in a subshell, which ends the run when it is ended itself.
+train_student() {
+    local name=$1 messages=$out/students/$1.txt run
+    shift
+    # shellcheck disable=SC2086  # the options are words
+    "$python" main.py $recipe --model_kwargs $student_model --data_set digits --epochs 15 "$@" \
+        --output_dir "$out/students/$name" >"$messages" 2>&1 &
+    run=$!
+    # shellcheck disable=SC2064  # the number as it is now
+    trap "kill $run 2>/dev/null; exit 1" TERM
+    if ! wait $run; then
+        echo "$name failed; $messages ends with:" >&2
+        tail -n 5 "$messages" >&2
+        return 1
+    fi
+    say "  student $name is done"
+}
+
+unpack() {
+    local folder=$out/data/FashionMNIST/raw packed file
+    mkdir -p "$folder" $out/students
+    for packed in demo/data/FashionMNIST/raw/*.gz; do
+        file=$folder/$(basename "$packed" .gz)
+        [ -f "$file" ] || { gzip -dc "$packed" >"$file.tmp" && mv "$file.tmp" "$file"; }
+    done
+}
+
+say "Unpacking 12,000 training and 2,000 test images of Fashion-MNIST"
+unpack
+
+say "Training a teacher, 128 wide, for $teacher_epochs epochs of Fashion-MNIST; beside it 3 students from random weights on the digits"
+for seed in 0 1 2; do train_student random-$seed --seed $seed || exit 1; done &
+random_students=$!
+# shellcheck disable=SC2086
+"$python" main.py $recipe --model_kwargs $teacher_model --data_set fashion_mnist --data_path $out/data \
+    --epochs $teacher_epochs --num_workers 1 --output_dir $out/teacher
+
+say "Selecting the weights of a student, 64 wide, from the teacher"
+# shellcheck disable=SC2086
+"$python" weight_selection.py --output_dir $out/init \
+    --student_model vit_tiny --student_kwargs img_size=32 num_classes=10 $student_model \
+    --pretrained_model vit_tiny --pretrained_kwargs img_size=32 num_classes=10 $teacher_model \
+    --pretrained_path $out/teacher/checkpoint-$((teacher_epochs - 1)).pth
+
+say "Training 3 students from the selected weights on the digits, otherwise the same"
+selected_students=()
+for seed in 0 1 2; do
+    train_student selected-$seed --seed $seed --initialize $out/init/vit.pth &
+    selected_students+=($!)
+done
+for job in $random_students "${selected_students[@]}"; do wait "$job"; done
+
+say "Comparing the two kinds of students"
+"$python" compare.py $out/students --plot $out/curves.png --markdown $out/table.md
+say "Done: $out/table.md has this table, $out/curves.png the curves"

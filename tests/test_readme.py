@@ -1,0 +1,188 @@
+"""The README's commands, taken from it and run: only paths and numbers of processes are changed."""
+
+import pickle
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision.datasets.utils
+from conftest import write_images
+
+import compare
+import engine
+import main as script
+import models
+import weight_selection
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+
+
+def commands(first_words, script_name):
+    """The arguments behind `script_name` of each command of the README that begins with `first_words`."""
+    blocks = [
+        shlex.split(block.replace("\\\n", " "), comments=True) for block in BLOCKS if block.startswith(first_words)
+    ]
+    return [words[words.index(script_name) + 1 :] for words in blocks if "…" not in words[-1]]
+
+
+SELECTIONS = commands("python3 weight_selection.py", "weight_selection.py")
+LAUNCHED = commands("python -m torch.distributed.launch", "main.py")
+TORCHRUN = [words for words in commands("torchrun --nproc_per_node=8", "main.py") if "…" not in words]
+
+
+def placed(words, places):
+    """The arguments with /path/to/NAME/ put where `places` says."""
+    return [
+        next((str(new) + word[len(old) :] for old, new in places.items() if word.startswith(old)), word)
+        for word in words
+    ]
+
+
+def convnext_as_released(weights):
+    """timm's tensors under the names of the original ConvNeXt release."""
+    released = {}
+    for key, value in weights.items():
+        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
+        key = key.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc", ".pwconv").replace(".blocks.", ".")
+        key = re.sub(r"stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
+        released[key] = value
+    return released
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory):
+    """A cache of the hub that holds both teachers of the paper, with random values, as a download leaves them."""
+    cache = tmp_path_factory.mktemp("hub")
+    for name in ("vit_small_patch16_224.augreg_in21k", "convnext_tiny.fb_in22k"):
+        torch.manual_seed(0)
+        weights = models.create(name, {}).state_dict()
+        folder = cache / f"models--timm--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        content = convnext_as_released(weights) if name.startswith("convnext") else weights
+        safetensors.torch.save_file(content, folder / "snapshots" / ("0" * 40) / "model.safetensors")
+    return cache
+
+
+@pytest.fixture(scope="module")
+def selected(hub_cache, tmp_path_factory):
+    """The folder that the README's two selections of the paper wrote."""
+    output = tmp_path_factory.mktemp("selection")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+        for words in SELECTIONS[:2]:
+            weight_selection.main(placed(words, {"/path/to/weight_selection": output}))
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """CIFAR-100 in its own format and ImageNet's folders, as many images as one update of the commands takes."""
+    root = tmp_path_factory.mktemp("data")
+    cifar = root / "cifar" / "cifar-100-python"
+    cifar.mkdir(parents=True)
+    for part, count in (("train", 128), ("test", 2)):
+        rows = np.random.default_rng(0).integers(0, 256, (count, 3072), dtype=np.uint8)
+        (cifar / part).write_bytes(pickle.dumps({"data": rows, "fine_labels": [i % 100 for i in range(count)]}))
+    (cifar / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    write_images(root / "imagenet", "train", {"n01": 256, "n02": 256}, size=64)
+    write_images(root / "imagenet", "val", {"n01": 1, "n02": 1}, size=64)
+    return root
+
+
+def test_readme_has_the_six_commands_of_the_paper_with_both_launchers():
+    assert len(SELECTIONS) == 3  # the paper's two, and one from a file
+    assert LAUNCHED == TORCHRUN and len(LAUNCHED) == 4
+    settings = [dict(zip(words[::2], words[1::2], strict=True)) for words in LAUNCHED]
+    # the total batch of the paper's recipes, on the README's 8 processes
+    totals = [8 * int(options["--batch_size"]) * int(options["--update_freq"]) for options in settings]
+    assert totals == [512, 1024, 4096, 4096]
+    assert [options["--model"] for options in settings] == ["vit_tiny", "convnext_femto"] * 2
+
+
+def test_selections_of_the_readme_write_both_files(selected):
+    assert sorted(path.name for path in selected.iterdir()) == ["convnext.json", "convnext.pth", "vit.json", "vit.pth"]
+    assert [len(torch.load(selected / name, weights_only=True)) for name in ("vit.pth", "convnext.pth")] == [150, 124]
+
+
+def test_selection_from_a_file_of_the_readme_runs(tmp_path):
+    torch.manual_seed(0)
+    safetensors.torch.save_file(
+        models.create("vit_base", {"num_classes": 21843}).state_dict(), tmp_path / "vit_base.safetensors"
+    )
+    written = weight_selection.main(
+        placed(SELECTIONS[2], {"/path/to/weight_selection": tmp_path, "/path/to/vit_base": tmp_path / "vit_base"})
+    )
+    assert written.name == "vit_small_from_base.pth"
+
+
+class FirstUpdate(Exception):
+    """Raised when the first optimizer step is done."""
+
+
+# one baseline stands for the four: they differ from the commands in the same way
+@pytest.mark.parametrize(("number", "initialize"), [(0, True), (1, True), (2, True), (3, True), (0, False)])
+def test_training_of_the_readme_reaches_its_first_optimizer_step(
+    number, initialize, selected, data, tmp_path, monkeypatch
+):
+    words = LAUNCHED[number]
+    if not initialize:
+        place = words.index("--initialize")
+        words = words[:place] + words[place + 2 :]
+    monkeypatch.setattr(torchvision.datasets.utils, "check_integrity", lambda *_: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    real = engine._update
+
+    def once(trainer):
+        before = {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
+        set_to = 1e-3  # the first of a warm-up's learning rates is 0 and would move nothing
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = set_to
+        assert real(trainer).isfinite()
+        after = trainer.bare_model.state_dict()
+        assert all(not torch.equal(before[key], after[key]) for key in before)
+        raise FirstUpdate
+
+    monkeypatch.setattr(engine, "_update", once)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(FirstUpdate):
+            places = {
+                "/path/to/weight_selection": selected,
+                "/path/to/data": data / "cifar",
+                "/path/to/imagenet": data / "imagenet",
+            }
+            script.main(
+                [*placed(words, {**places, "/path/to/results": tmp_path}), "--num_workers", "2", "--device", "cpu"]
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_comparison_of_the_readme_runs(tiny_run, tmp_path, monkeypatch):
+    for seed in (0, 1):
+        script.main(tiny_run("--seed", seed, "--epochs", "1", output_dir=tmp_path / "results" / str(seed)))
+    words = commands("python compare.py", "compare.py")[0]
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(placed(words, {"/path/to/results": tmp_path / "results"})) in (None, 0)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_timm_snippet_of_the_readme_runs(selected):
+    snippet = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
+    exec(snippet.replace("/path/to/weight_selection", str(selected)), {})
+
+
+def test_links_and_files_that_the_documents_name_exist():
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)|src=\"([^\"]+)\"", document.read_text()):
+            name = target[0] or target[1]
+            assert (ROOT / name).exists(), f"{document.name} names {name}"

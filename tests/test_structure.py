@@ -1,0 +1,49 @@
+"""The shape of the code: which module may know which, and what goes without torch."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# a module imports only from lines above its own
+LINES = [
+    ["utils", "options"],
+    ["distributed", "models", "optim_factory", "datasets", "weights"],
+    ["metrics", "loader", "checkpoint"],
+    ["engine"],
+    ["main", "weight_selection", "compare"],
+]
+LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
+
+
+def imported(path):
+    """The top-level names that a file imports anywhere, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def files_of(name):
+    return sorted((ROOT / name).glob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]
+
+
+def test_every_module_has_a_line():
+    modules = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert modules == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", LEVEL)
+def test_modules_import_only_from_lines_above_their_own(name):
+    for path in files_of(name):
+        for other in imported(path):
+            assert other == name or LEVEL.get(other, -1) < LEVEL[name], f"{path.name} imports {other}"
+
+
+@pytest.mark.parametrize("name", ["options", "compare"])
+def test_what_has_to_answer_at_once_imports_no_torch(name):
+    allowed = {*sys.stdlib_module_names, "matplotlib", "options"} if name == "compare" else sys.stdlib_module_names
+    assert set(imported(ROOT / f"{name}.py")) <= set(allowed)
