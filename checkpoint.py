@@ -15,6 +15,7 @@ from weights import read_file
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
+BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -112,9 +113,8 @@ def save_epoch(folder: Path, state: dict, *, improved: list[str], due: bool, kee
 
     Of the numbered files the `keep` newest stay; the rest goes only after the new one is safe.
     """
-    for metric, name in (("test_acc1", "checkpoint-best.pth"), ("test_acc1_ema", "checkpoint-best-ema.pth")):
-        if metric in improved:
-            save_checkpoint(folder / name, state)
+    for metric in improved:
+        save_checkpoint(folder / BEST_CHECKPOINTS[metric], state)
     if due:
         save_checkpoint(folder / f"checkpoint-{state['epoch']}.pth", state)
         for path in [path for path in numbered_checkpoints(folder) if epoch_of(path) <= state["epoch"]][keep:]:

@@ -88,6 +88,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def of_all_ranks(value) -> list:
+    """This value of each rank, in their order; plain values only."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if dist.is_initialized():

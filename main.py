@@ -6,6 +6,7 @@ if __name__ == "__main__":
     training_options()  # -h and usage errors answer before torch is imported
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 import datasets
 import distributed
 import loader
-from checkpoint import check_same_settings, find_checkpoint, restore_weights, save_epoch
+from checkpoint import BEST_CHECKPOINTS, check_same_settings, find_checkpoint, restore_weights, save_epoch
 from engine import Precision, Trainer, evaluate, train_one_epoch
 from metrics import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
 from models import build_model, family_of, inherit
@@ -53,6 +54,10 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     output_dir = make_output_dir(options.output_dir)
     found = find_checkpoint(options.resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
     path, saved = found or (None, None)
+    epochs_found = distributed.of_all_ranks(saved and saved["epoch"])
+    if len(set(epochs_found)) > 1:
+        listed = ", ".join("none" if epoch is None else f"epoch {epoch}" for epoch in epochs_found)
+        raise UserError(f"the processes found different checkpoints ({listed}): all nodes have to share --output_dir")
     if saved and not options.eval:
         check_same_settings(path, saved, plain(options), distributed.world_size())
 
@@ -290,8 +295,8 @@ def train(
     options: argparse.Namespace,
     output_dir: Path | None,
     trainer: Trainer,
-    train_loader,
-    val_loader,
+    train_loader: DataLoader,
+    val_loader: DataLoader | None,
     first_epoch: int,
     best: dict[str, float],
     source: dict | None,
@@ -299,52 +304,45 @@ def train(
     """Every epoch: train, evaluate, log, save; returns the last line of log.txt."""
     is_main, steps = distributed.is_main(), train_loader.batch_sampler.steps_per_epoch
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    images = steps * options.batch_size * options.update_freq * distributed.world_size()
-    log.info(
-        "%s: %.2fM parameters, %d updates of %d images an epoch",
-        options.model,
-        n_parameters / 1e6,
-        steps,
-        images // steps,
-    )
+    total_batch = options.batch_size * options.update_freq * distributed.world_size()
+    size = f"{options.model}: {n_parameters / 1e6:.2f}M parameters"
+    log.info("%s, %d updates of %d images an epoch, on %s", size, steps, total_batch, trainer.precision.device)
+    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source}
     epoch_log = EpochLog(output_dir / "log.txt", first_epoch) if output_dir and is_main else None
-    writers = make_writers(options, output_dir, first_epoch * steps) if is_main else []
     bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
-    reporter = Reporter(options.epochs, steps, bar=bar, writers=writers)
-    for epoch in range(first_epoch, options.epochs):
-        start = time.monotonic()
-        reporter.start_epoch(epoch)
-        train_loader.batch_sampler.set_epoch(epoch)
-        means = train_one_epoch(
-            trainer, train_loader, epoch=epoch, first_step=epoch * steps, steps=steps, report=reporter.window
-        )
-        record = {f"train_{name}": value for name, value in means.items()}
-        record["train_images_per_second"] = images / (time.monotonic() - start)
-        if val_loader:
-            record |= evaluate_all(options, trainer.bare_model, trainer.ema, val_loader, trainer.precision)
-        record |= {"epoch": epoch, "step": (epoch + 1) * steps, "n_parameters": n_parameters}
-        record["epoch_seconds"] = time.monotonic() - start
-        improved = [name for name in ("test_acc1", "test_acc1_ema") if record.get(name, -1.0) > best.get(name, -1.0)]
-        best |= {name: record[name] for name in improved}
-        reporter.end_epoch(record, best)
-        if epoch_log:
-            # before the checkpoint: a crash between the two repeats the epoch and writes its line anew
-            epoch_log.append(record)
-        if output_dir and is_main and options.save_ckpt:
-            position = {"epoch": epoch, "step": record["step"], "metrics": record, "best": best}
-            origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source}
-            due = (epoch + 1) % options.save_ckpt_freq == 0 or epoch + 1 == options.epochs
-            save_epoch(
-                output_dir,
-                {**trainer.state(), **position, **origin},
-                improved=improved,
-                due=due,
-                keep=options.save_ckpt_num,
+    with contextlib.ExitStack() as stack:
+        writers = make_writers(options, output_dir, first_epoch * steps) if is_main else []
+        for writer in writers:
+            stack.callback(writer.close)
+        reporter = Reporter(options.epochs, steps, bar=bar, writers=writers)
+        stack.callback(reporter.close)
+        for epoch in range(first_epoch, options.epochs):
+            start = time.monotonic()
+            reporter.start_epoch(epoch)
+            train_loader.batch_sampler.set_epoch(epoch)
+            means = train_one_epoch(
+                trainer, train_loader, epoch=epoch, first_step=epoch * steps, steps=steps, report=reporter.window
             )
-    for writer in writers:
-        if options.wandb_ckpt and isinstance(writer, WeightsAndBiases) and output_dir:
-            writer.store(output_dir / "checkpoint-best.pth")
-        writer.close()
+            record = {f"train_{name}": value for name, value in means.items()}
+            record["train_images_per_second"] = steps * total_batch / (time.monotonic() - start)
+            if val_loader:
+                record |= evaluate_all(options, trainer.bare_model, trainer.ema, val_loader, trainer.precision)
+            record |= {"epoch": epoch, "step": (epoch + 1) * steps, "n_parameters": n_parameters}
+            record["epoch_seconds"] = time.monotonic() - start
+            improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > best.get(name, -1.0)]
+            best |= {name: record[name] for name in improved}
+            reporter.end_epoch(record, best)
+            if epoch_log:
+                # before the checkpoint: a crash between the two repeats the epoch and writes its line anew
+                epoch_log.append(record)
+            if epoch_log and options.save_ckpt:
+                position = {"epoch": epoch, "step": record["step"], "metrics": record, "best": best}
+                due = (epoch + 1) % options.save_ckpt_freq == 0 or epoch + 1 == options.epochs
+                state = {**trainer.state(), **position, **origin}
+                save_epoch(output_dir, state, improved=improved, due=due, keep=options.save_ckpt_num)
+        for writer in writers:
+            if options.wandb_ckpt and options.save_ckpt and best and epoch_log and isinstance(writer, WeightsAndBiases):
+                writer.store(output_dir / BEST_CHECKPOINTS["test_acc1"])
     return record
 
 

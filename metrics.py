@@ -112,13 +112,17 @@ class Reporter:
 
     def end_epoch(self, record: dict, best: dict) -> None:
         """After an epoch and its evaluation; `record` is its line in log.txt."""
-        if self.bar is not None:
-            self.bar.close()
+        self.close()
         log.info("epoch %d: %s", self.epoch, summary(record, best))
         self._write(
             {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith("test_")},
             record["step"],
         )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.close()
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         for writer in self.writers:

@@ -122,3 +122,37 @@ def test_user_error_is_one_line_and_exit_code_1(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "weight_selection.py: error: none.pth does not exist\n"
+
+
+def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
+    import distributed
+
+    for rank, expected in ((0, ["body", "barrier"]), (1, ["barrier", "body"])):
+        seen = []
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "barrier", lambda seen=seen: seen.append("barrier"))
+        with distributed.main_first():
+            seen.append("body")
+        assert seen == expected
+
+
+def test_only_rank_0_downloads(tiny_run, monkeypatch):
+    import datasets
+    import distributed
+
+    asked, real = [], datasets.load_images
+    monkeypatch.setattr(datasets, "load_images", lambda *a, **k: asked.append(k["download"]) or real(*a, **k))
+    for is_main in (True, False):
+        monkeypatch.setattr(distributed, "is_main", lambda is_main=is_main: is_main)
+        script.load_data(script.training_options(tiny_run()))
+    assert asked == [True, True, False, False]
+
+
+def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(distributed, "of_all_ranks", lambda value: [value, 3])
+    with pytest.raises(
+        script.UserError, match=r"different checkpoints \(none, epoch 3\): all nodes have to share --output_dir"
+    ):
+        script.main(tiny_run())
