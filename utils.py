@@ -51,7 +51,7 @@ def seed_all(seed: int) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, without the lines of explanation below; its class name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -84,6 +84,7 @@ def start_logging(*, quiet: bool = False) -> None:
     logging.getLogger().setLevel(logging.WARNING if quiet else logging.INFO)
     for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every retry would stand twice
 
 
 def run_script(main) -> int:
