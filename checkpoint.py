@@ -1,5 +1,6 @@
 """The training state of a run: what it holds, its files, and going on from one."""
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -78,24 +79,61 @@ def find_checkpoint(
     return newest_checkpoint(folder) if auto_resume else None
 
 
-def check_same_settings(path: Path, saved: dict, options: dict, processes: int) -> None:
+def differing(then: dict, now: dict) -> list[str]:
+    """What differs between two runs' options where it decides the weights, each as a phrase."""
+    names = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
+    return [f"--{name} was {then.get(name)}, is {now[name]}" for name in names]
+
+
+def check_same_settings(path: Path, saved: dict, options: dict, processes: int, precision: str) -> None:
     """UserError naming what differs between a checkpoint's settings and this run's, where it decides the weights.
 
     Another number of processes is none of it where `--update_freq` keeps the total batch: the same images make the
     same updates, shared out differently.
     """
-    then = saved["options"]
-    names = [name for name in options if name not in FREE_ON_RESUME and then.get(name) != options[name]]
-    before, now = then["update_freq"] * saved["processes"], options["update_freq"] * processes
-    differences = [f"--{name} was {then.get(name)}, is {options[name]}" for name in names if name != "update_freq"]
-    if before != now:
-        differences.append(
-            f"processes x --update_freq was {saved['processes']} x {then['update_freq']}, is {processes} x {options['update_freq']}"
-        )
+    then, freely = saved["options"], {"update_freq": None}
+    differences = differing(then | freely, options | freely)
+    if then["update_freq"] * saved["processes"] != options["update_freq"] * processes:
+        was, now = f"{saved['processes']} x {then['update_freq']}", f"{processes} x {options['update_freq']}"
+        differences.append(f"processes x --update_freq was {was}, is {now}")
+    if saved["precision"] != precision:
+        differences.append(f"the precision was {saved['precision']}, is {precision} (--device, --use_amp, --amp_dtype)")
     if differences:
-        raise UserError(
-            f"{path} is of a run with other settings: {', '.join(differences)}; take those, or another --output_dir"
-        )
+        listed = ", ".join(differences)
+        raise UserError(f"{path} is of a run with other settings: {listed}; take those, or another --output_dir")
+
+
+def check_unused(folder: Path, options: dict) -> None:
+    """UserError if a folder without checkpoints has the log of a run that a new one would overwrite.
+
+    The log of a run of the same settings that ended before its first checkpoint is no loss.
+    """
+    log_file = folder / "log.txt"
+    if not log_file.exists() or not log_file.stat().st_size:
+        return
+    try:
+        then = json.loads((folder / "config.json").read_text())["options"]
+        lost = not then["save_ckpt"] or differing(then, options)
+    except (OSError, ValueError, KeyError, TypeError):
+        lost = True
+    if lost:
+        raise UserError(f"--output_dir {folder} has the log.txt of another run: name another folder")
+
+
+def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
+    """The best figures that a run resumed from `path` still has the files of, in `folder`.
+
+    From another folder the file is brought along, if it is not of an epoch after the one resumed from.
+    """
+    best = {}
+    for metric, value in saved["best"].items():
+        here, there = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
+        if not here.exists() and there.exists() and read_checkpoint(there)["epoch"] <= saved["epoch"]:
+            content = there.read_bytes()
+            write_atomically(here, lambda file, content=content: file.write(content))
+        if here.exists():
+            best[metric] = value
+    return best
 
 
 def restore_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | None) -> None:

@@ -70,7 +70,8 @@ export OMP_NUM_THREADS=1 # a model this small gains little from a second thread;
 for seed in 0 1 2; do
     train_student selected-$seed --seed $seed --initialize $out/init/vit.pth &
     train_student random-$seed --seed $seed &
-    wait -n && wait -n
+    wait -n # on its own line each, or a failure would go unnoticed
+    wait -n
 done
 
 say "Comparing the two kinds of students"

@@ -5,12 +5,14 @@ One process needs no group; every function then answers for a world of one.
 
 import contextlib
 import os
+import re
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, first_line
 
 
 def world_size() -> int:
@@ -40,15 +42,20 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device mps: torch sees no Apple GPU here; take --device cpu")
     if device.type != "cuda":
         return device
-    gpus = torch.cuda.device_count()
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not gpus:
         raise UserError(f"--device {name}: torch sees no GPU here; take --device cpu, or a CUDA build of torch")
-    if index >= gpus:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", index + 1))
+    if processes > gpus:
         raise UserError(
             f"{processes} processes on this node, but {gpus} GPUs: start at most {gpus}, or take --device cpu"
         )
+    if device.index is not None and processes > 1:
+        raise UserError(
+            f"--device {name} names one GPU for {processes} processes: take --device cuda, each has its own"
+        )
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= gpus:
+        raise UserError(f"--device {name}: the GPUs here are cuda:0 to cuda:{gpus - 1}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -57,6 +64,10 @@ def pick_device(name: str) -> torch.device:
 def process_group(device: torch.device, dist_url: str = "env://"):
     """Inside, the processes that torchrun or torch.distributed.launch started can talk; afterwards they part."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+            raise UserError(
+                "srun started several processes that know nothing of each other: use srun torchrun (README)"
+            )
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -66,26 +77,35 @@ def process_group(device: torch.device, dist_url: str = "env://"):
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         device_id=device if device.type == "cuda" else None,
+        timeout=timedelta(hours=2),  # the others wait while rank 0 downloads
     )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or re.search("Connection (closed|reset)|gloo", str(error)):
+            raise UserError(f"another process failed, its message says why ({first_line(error)})") from error
+        raise
+    # only here: after a failure it would wait for work that never ends, and the reason be said too late
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def main_first():
-    """The body runs on rank 0 first and on the others after it, so that one process downloads and all find the files."""
+    """The body runs on rank 0 first and on the others after it, so that one process downloads and all find the files.
+
+    Where it fails with UserError on rank 0, which says why, the others end without a word.
+    """
     if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+        if of_all_ranks(False)[0]:
+            raise SystemExit(1)
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        of_all_ranks(failed)
 
 
 def of_all_ranks(value) -> list:
@@ -95,6 +115,13 @@ def of_all_ranks(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers, as DDP does before each training step but not after the last."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def all_sum(values: Tensor) -> Tensor:

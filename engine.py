@@ -42,6 +42,10 @@ class Precision:
     def scales_loss(self) -> bool:
         return self.dtype == torch.float16
 
+    @property
+    def name(self) -> str:
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
     @classmethod
     def choose(cls, device: torch.device, use_amp: bool, name: str | None = None) -> "Precision":
         """float32, or with `use_amp` the type of that name, by default float16 on cuda and bfloat16 elsewhere.
@@ -83,6 +87,10 @@ class Trainer:
     seed: int = 0
     log_freq: int = 10
     channels_last: bool = False
+    skips_in_a_row: Tensor = field(init=False)  # [] updates that were not applied, up to now
+
+    def __post_init__(self):
+        self.skips_in_a_row = torch.zeros((), device=self.precision.device)
 
     @property
     def bare_model(self) -> nn.Module:
@@ -114,15 +122,15 @@ def train_one_epoch(
     trainer.model.train()
     source, device = iter(batches), trainer.precision.device
     sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad"), device)
-    streak, longest = (torch.zeros((), device=device) for _ in range(2))
+    longest = torch.zeros((), device=device)
     totals, window_start, window_images, images = dict.fromkeys(sums.names, 0.0), time.monotonic(), 0, 0
     for step in range(first_step, first_step + steps):
         set_schedules(trainer.optimizer, trainer.lr[step], trainer.weight_decay[step])
         loss, correct, batch_images = _accumulate_gradients(trainer, source, step)
         grad_norm = _update(trainer)
         bad_grad = ~grad_norm.isfinite()
-        streak = (streak + 1) * bad_grad
-        longest = torch.maximum(longest, streak)
+        trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
+        longest = torch.maximum(longest, trainer.skips_in_a_row)
         sums.add(loss, correct, torch.where(bad_grad, 0.0, grad_norm), ~loss.isfinite(), bad_grad)
         images, window_images = images + batch_images, window_images + batch_images
         done = step + 1 - first_step
@@ -144,7 +152,7 @@ def train_one_epoch(
 def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tuple[Tensor, Tensor, int]:
     """The backward passes of one update: the mean loss [], how many were right [], and the images this rank used.
 
-    The gradients of all ranks are summed once, in the last pass.
+    The gradients of all ranks are averaged once, in the last pass.
     """
     precision, losses, correct, images_seen = trainer.precision, [], [], 0
     for micro_step in range(trainer.update_freq):

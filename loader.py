@@ -156,8 +156,8 @@ class TrainBatches:
             yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int, mixup: bool) -> None:
-    """UserError when one update takes more than the training set has, or mixup would pair an odd batch."""
+def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int) -> None:
+    """UserError when one update takes more images than the training set has."""
     total = batch_size * update_freq * world_size
     if total > num_images:
         if batch_size > num_images:
@@ -168,9 +168,6 @@ def check_batches(num_images: int, batch_size: int, update_freq: int, world_size
             mend = f"--update_freq can be {num_images // (batch_size * world_size)} at most"
         product = f"--batch_size {batch_size} x --update_freq {update_freq} x {world_size} processes"
         raise UserError(f"{product} = {total} images an update, but the training set has {num_images}: {mend}")
-    if mixup and batch_size % 2:
-        mend = "give an even one, or --mixup 0 --cutmix 0"
-        raise UserError(f"--batch_size {batch_size} is odd, but mixup and cutmix pair the images of a batch: {mend}")
 
 
 def shard(num_images: int, rank: int, world_size: int) -> range:

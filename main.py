@@ -1,6 +1,6 @@
 """Train a small model, from selected weights or from random ones: options, data, model, optimizer, loop, in this order."""
 
-from options import training_options, without_effect
+from options import mixes, training_options, without_effect
 
 if __name__ == "__main__":
     training_options()  # -h and usage errors answer before torch is imported
@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader
 import datasets
 import distributed
 import loader
-from checkpoint import BEST_CHECKPOINTS, check_same_settings, find_checkpoint, restore_weights, save_epoch
+from checkpoint import (
+    BEST_CHECKPOINTS,
+    bring_best,
+    check_same_settings,
+    check_unused,
+    find_checkpoint,
+    restore_weights,
+    save_epoch,
+)
 from engine import Precision, Trainer, evaluate, train_one_epoch
 from metrics import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
 from models import build_model, family_of, inherit
@@ -52,18 +60,23 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     """One run, from its options to its last checkpoint."""
     set_determinism(options.deterministic)
     output_dir = make_output_dir(options.output_dir)
-    found = find_checkpoint(options.resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
+    precision = Precision.choose(device, options.use_amp, options.amp_dtype)
+    resume = str(fetch_once(options.resume)) if options.resume.startswith("https://") else options.resume
+    found = find_checkpoint(resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
     path, saved = found or (None, None)
     epochs_found = distributed.of_all_ranks(saved and saved["epoch"])
     if len(set(epochs_found)) > 1:
         listed = ", ".join("none" if epoch is None else f"epoch {epoch}" for epoch in epochs_found)
         raise UserError(f"the processes found different checkpoints ({listed}): all nodes have to share --output_dir")
     if saved and not options.eval:
-        check_same_settings(path, saved, plain(options), distributed.world_size())
+        check_same_settings(path, saved, plain(options), distributed.world_size(), precision.name)
+    elif output_dir and not options.eval:
+        check_unused(output_dir, plain(options))
 
     train_images, val_images, num_classes = load_data(options)
-    train_loader = make_train_loader(options, train_images) if train_images else None
-    val_loader = make_val_loader(options, val_images) if val_images else None
+    workers = {"num_workers": options.num_workers, "pin_memory": options.pin_mem and device.type == "cuda"}
+    train_loader = make_train_loader(options, train_images, workers) if train_images else None
+    val_loader = make_val_loader(options, val_images, workers) if val_images else None
 
     seed_all(options.seed)
     shape = pick(options, "input_size drop_path layer_scale_init_value head_init_scale model_kwargs")
@@ -75,7 +88,6 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
         restore_weights(path, saved, model, ema and ema.module)
     if options.compile:
         model.compile()  # in place: the names of the weights stay
-    precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     if options.eval:
         if not (saved or source):
             log.warning(
@@ -86,7 +98,7 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
         return record
 
     trainer = make_trainer(options, model, ema, precision, num_classes, train_loader.batch_sampler.steps_per_epoch)
-    first_epoch = options.start_epoch
+    first_epoch, best = options.start_epoch, {}
     if saved:
         trainer.optimizer.load_state_dict(saved["optimizer"])
         precision.scaler.load_state_dict(saved["scaler"])
@@ -97,16 +109,8 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
         return saved["metrics"]
     if output_dir and distributed.is_main():
         write_config(output_dir, options, source, device)
-    return train(
-        options,
-        output_dir,
-        trainer,
-        train_loader,
-        val_loader,
-        first_epoch,
-        dict(saved["best"]) if saved else {},
-        source,
-    )
+        best = bring_best(path, saved, output_dir) if saved else {}
+    return train(options, output_dir, trainer, train_loader, val_loader, first_epoch, best, source)
 
 
 # ---- set-up ----
@@ -129,7 +133,7 @@ def make_output_dir(name: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test.{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a rank on another node may have the same number and be done with it
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
     return folder
@@ -163,37 +167,31 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
     return train_images, val_images, num_classes
 
 
-def make_train_loader(options: argparse.Namespace, images: datasets.Images) -> DataLoader:
+def make_train_loader(options: argparse.Namespace, images: datasets.Images, workers: dict) -> DataLoader:
     """Augmented batches of this rank, in an order derived from the seed."""
     world = distributed.world_size()
-    loader.check_batches(len(images), options.batch_size, options.update_freq, world, mixing(options))
+    loader.check_batches(len(images), options.batch_size, options.update_freq, world)
     augmentation = pick(options, "hflip color_jitter aa train_interpolation reprob remode recount")
     transform = loader.train_transform(options.input_size, *mean_and_std(options), **augmentation)
     batches = loader.TrainBatches(
         len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
     )
     dataset = loader.TransformedImages(images, transform, options.seed)
-    return loader.make_loader(dataset, batch_sampler=batches, **worker_options(options))
+    return loader.make_loader(dataset, batch_sampler=batches, **workers)
 
 
-def make_val_loader(options: argparse.Namespace, images: datasets.Images) -> DataLoader:
+def make_val_loader(options: argparse.Namespace, images: datasets.Images, workers: dict) -> DataLoader:
     """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
     dataset = loader.TransformedImages(
         images, loader.eval_transform(options.input_size, *mean_and_std(options), crop_pct=options.crop_pct)
     )
     share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
     batch_size = int(1.5 * options.batch_size)
-    return loader.make_loader(
-        dataset, batch_size=batch_size, indices=loader.shard(len(images), *share), **worker_options(options)
-    )
+    return loader.make_loader(dataset, batch_size=batch_size, indices=loader.shard(len(images), *share), **workers)
 
 
 def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return loader.mean_and_std(options.imagenet_default_mean_and_std)
-
-
-def worker_options(options: argparse.Namespace) -> dict:
-    return {"num_workers": options.num_workers, "pin_memory": options.pin_mem and torch.cuda.is_available()}
 
 
 def pick(options: argparse.Namespace, names: str) -> dict:
@@ -201,16 +199,17 @@ def pick(options: argparse.Namespace, names: str) -> dict:
     return {name: getattr(options, name) for name in names.split()}
 
 
-def mixing(options: argparse.Namespace) -> bool:
-    return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+def fetch_once(url: str) -> Path:
+    """The local copy of a file at `https://…#sha256=…`, downloaded by one process."""
+    with distributed.main_first():
+        return fetch(url)
 
 
 def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
     """Copy the weights of `--initialize` into the model; returns where they come from. UserError if they do not fit."""
     location, family = options.initialize, family_of(model)
     if location.startswith("https://"):
-        with distributed.main_first():
-            location = str(fetch(location))
+        location = str(fetch_once(location))
     tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
     name = f"--initialize {source['path']}"
     if source["family"] not in (None, family):
@@ -230,7 +229,7 @@ def make_trainer(
     options, model: nn.Module, ema, precision: Precision, num_classes: int, steps_per_epoch: int
 ) -> Trainer:
     """Loss, optimizer, schedules and the model as it is called."""
-    if mixing(options):
+    if mixes(options):
         criterion = SoftTargetCrossEntropy()  # the mixer smooths the labels
     elif options.smoothing > 0:
         criterion = LabelSmoothingCrossEntropy(options.smoothing)
@@ -307,7 +306,8 @@ def train(
     total_batch = options.batch_size * options.update_freq * distributed.world_size()
     size = f"{options.model}: {n_parameters / 1e6:.2f}M parameters"
     log.info("%s, %d updates of %d images an epoch, on %s", size, steps, total_batch, trainer.precision.device)
-    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source}
+    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source,
+        "precision": trainer.precision.name}  # fmt: skip
     epoch_log = EpochLog(output_dir / "log.txt", first_epoch) if output_dir and is_main else None
     bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
     with contextlib.ExitStack() as stack:
@@ -341,7 +341,7 @@ def train(
                 state = {**trainer.state(), **position, **origin}
                 save_epoch(output_dir, state, improved=improved, due=due, keep=options.save_ckpt_num)
         for writer in writers:
-            if options.wandb_ckpt and options.save_ckpt and best and epoch_log and isinstance(writer, WeightsAndBiases):
+            if options.wandb_ckpt and isinstance(writer, WeightsAndBiases):
                 writer.store(output_dir / BEST_CHECKPOINTS["test_acc1"])
     return record
 
@@ -351,6 +351,9 @@ def evaluate_all(
 ) -> dict[str, float]:
     """test_loss, test_acc1 and test_acc5 of the model, and of its moving average where asked for."""
     settings = {"channels_last": options.channels_last, "over_ranks": options.dist_eval}
+    for module in (model, ema and ema.module):
+        if module is not None:
+            distributed.share_buffers(module)  # BatchNorm's statistics: the ranks have to measure one model
     record = {f"test_{name}": value for name, value in evaluate(model, val_loader, precision, **settings).items()}
     if ema is not None and options.model_ema_eval:
         average = evaluate(ema.module, val_loader, precision, **settings)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed import all_sum
-from utils import UserError, write_atomically
+from utils import UserError, first_line, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,13 @@ class EpochLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written: {error.strerror}") from error
 
 
 def _epoch_in(line: str) -> int:
@@ -149,7 +152,10 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError("--log_dir needs the package tensorboardX: pip install tensorboardX") from error
-        self.writer = SummaryWriter(log_dir, purge_step=first_step or None)
+        try:
+            self.writer = SummaryWriter(log_dir, purge_step=first_step or None)
+        except OSError as error:
+            raise UserError(f"--log_dir {log_dir} cannot be written to: {error.strerror}") from error
 
     def write(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -170,7 +176,12 @@ class WeightsAndBiases:
         note = output_dir and output_dir / "wandb_id.txt"
         known = note.read_text().strip() if note and note.exists() else None
         self.wandb = wandb
-        self.run = wandb.init(project=project, config=config, dir=output_dir, id=known, resume="allow")
+        try:
+            self.run = wandb.init(project=project, config=config, dir=output_dir, id=known, resume="allow")
+        except wandb.Error as error:
+            raise UserError(
+                f"--enable_wandb: {first_line(error)}; WANDB_MODE=offline logs without an account"
+            ) from error
         if note:
             note.write_text(self.run.id + "\n")
 
@@ -178,7 +189,10 @@ class WeightsAndBiases:
         self.run.log(values, step=step)
 
     def store(self, checkpoint: Path) -> None:
-        """Keep a checkpoint as an artifact of the run."""
+        """Keep a checkpoint as an artifact of the run; a warning if there is none."""
+        if not checkpoint.exists():
+            log.warning("--wandb_ckpt: there is no %s to store", checkpoint)
+            return
         artifact = self.wandb.Artifact(f"{self.run.id}-best", type="model")
         artifact.add_file(str(checkpoint))
         self.run.log_artifact(artifact)

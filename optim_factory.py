@@ -25,9 +25,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: float, eps: float | None, betas=None):
     """timm's optimizer of that name, fused where it can be: the plain AdamW reads 32 scalars back a step, a fused none."""
+    if "adahessian" in name:
+        raise UserError("--opt adahessian needs second derivatives, which this training loop does not take")
     given = {"eps": eps, "betas": betas and tuple(betas)}
     try:
-        accepted = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
+        inner = name.lower().removeprefix("lookahead_")
+        accepted = inspect.signature(get_optimizer_class(inner, bind_defaults=False).__init__).parameters
         kwargs = {key: value for key, value in given.items() if value is not None and key in accepted}
         if "fused" in accepted:
             kwargs["fused"] = True

@@ -118,12 +118,18 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def without_effect(options: argparse.Namespace) -> list[str]:
     """The options of the original that were given and that this version accepts only for its old command lines."""
-    return [f"--{name}" for name in ("resplit", "dist_on_itp") if getattr(options, name)]
+    idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
+    return [f"--{name}" for name, default in idle.items() if getattr(options, name) != default]
 
 
-def _first_conflict(o: argparse.Namespace) -> str | None:
+def mixes(options: argparse.Namespace) -> bool:
+    """Whether batches are mixed, by mixup or by cutmix."""
+    return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+
+
+def _first_conflict(options: argparse.Namespace) -> str | None:
     """The first contradiction among options that needs no data to be seen."""
-    mixing = o.mixup > 0 or o.cutmix > 0 or o.cutmix_minmax is not None
+    o, mixing = options, mixes(options)
     named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
     checks = [
         (named_set, f"--data_set {o.data_set} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME"),
@@ -136,7 +142,13 @@ def _first_conflict(o: argparse.Namespace) -> str | None:
         (o.weight_decay > 0 or not o.weight_decay_end, f"--weight_decay_end {o.weight_decay_end} needs a --weight_decay above 0"),
         (o.model_ema or not o.model_ema_eval, "--model_ema_eval true needs --model_ema true"),
         (not (o.model_ema_eval and o.model_ema_force_cpu), "--model_ema_eval needs the average on the device: leave out --model_ema_force_cpu"),
+        (not o.wandb_ckpt or (o.enable_wandb and o.output_dir and not o.disable_eval),
+         "--wandb_ckpt true stores the best checkpoint: it needs --enable_wandb true, an --output_dir and evaluation"),
+        (o.data_set.startswith(("torch/", "hfds/")) or not (o.train_split or o.val_split or o.input_key or o.target_key),
+         f"--train_split, --val_split, --input_key and --target_key are for torch/NAME and hfds/NAME, not for {o.data_set}"),
         (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
+        (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
+         f"--resume {o.resume}: a URL has to be https://…#sha256=<64 hex digits>"),
         (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
          f"--initialize {o.initialize}: a URL has to be https://…#sha256=<64 hex digits>"),
         (o.start_epoch < o.epochs or o.eval, f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),

@@ -79,21 +79,28 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def start_logging(*, quiet: bool = False) -> None:
-    """Log lines of `INFO` and above to stderr as they are; with `quiet` only warnings, as on ranks other than 0."""
+    """Log lines of `INFO` and above to stderr as they are; with `quiet` only errors, as on ranks other than 0."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger().setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger().setLevel(logging.ERROR if quiet else logging.INFO)
     for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every retry would stand twice
 
 
-def run_script(main) -> int:
+def run_script(main: Callable[[], object]) -> int:
     """Run a script's `main` and return its exit code; a user's mistake is one line on stderr and code 1."""
+
+    def report(message: str) -> None:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
+
     try:
         main()
     except UserError as error:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr, flush=True)
+        report(str(error))
+        return 1
+    except torch.OutOfMemoryError as error:
+        report(f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -359,6 +359,7 @@ def main(argv: list[str] | None = None) -> Path:
         model_key=options.model_key,
         include_head=options.include_head,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     sha256 = write_initialization(path, tensors, description)
     count = sum(tensor.numel() for tensor in tensors.values())
     print(
@@ -368,16 +369,18 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def _output_path(output_dir: str, family: str) -> Path:
-    """The file to write: `output_dir` itself if it is named like one, else <family>.pth in it; its folder is made."""
+    """The file to write: `output_dir` itself if it is named like one, else <family>.pth in it.
+
+    UserError, before the work is done, if it cannot be written there.
+    """
     path = Path(output_dir)
     if path.suffix not in WEIGHT_SUFFIXES:
         path = path / f"{family}.pth"
     elif path.is_dir():
         raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be made: {error}") from error
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"--output_dir {output_dir} cannot be made: {nearest} is not a folder that can be written to")
     return path
 
 

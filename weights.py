@@ -61,15 +61,9 @@ def read_file(path: Path) -> Mapping:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
-    except (
-        safetensors.SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        OSError,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes the readers raise almost anything, IndexError and AttributeError too
         raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -185,5 +179,5 @@ def fetch(url: str) -> Path:
     try:
         torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
     except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
-        raise UserError(f"--initialize {address} could not be downloaded: {first_line(error)}") from error
+        raise UserError(f"{address} could not be downloaded: {first_line(error)}") from error
     return path

@@ -83,8 +83,10 @@ def build_model(
         kwargs["drop_path_rate"] = drop_path
     if name in convnext.VARIANTS:
         kwargs |= {"ls_init_value": layer_scale_init_value, "head_init_scale": head_init_scale}
-    elif head_init_scale != 1.0:
-        raise UserError(f"--head_init_scale {head_init_scale} is for convnext_* only, but --model is {name}")
+    elif (head_init_scale, layer_scale_init_value) != (1.0, 1e-6):
+        raise UserError(
+            f"--head_init_scale and --layer_scale_init_value are for convnext_* only, but --model is {name}"
+        )
     given = {**kwargs, **(model_kwargs or {})}
     if "img_size" not in given and takes_image_size(create(name, given, device="meta")):
         given["img_size"] = input_size

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -48,13 +49,19 @@ def train(trainer, batches, steps=None, report=lambda *_: None):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device."""
+    """Counts the operations that make the host wait for the device, and the copies to the host, which do not dispatch."""
 
     WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.seen = []
+        for name in ("tolist", "cpu", "numpy", "__array__"):
+            real = getattr(torch.Tensor, name)
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, real))
+
+    def _counted(self, name, real):
+        return lambda tensor, *args, **kwargs: self.seen.append(name) or real(tensor, *args, **kwargs)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in self.WAITS:
@@ -62,8 +69,16 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_every_way_to_wait_is_counted(monkeypatch):
+    with HostReads(monkeypatch) as host:
+        value = torch.ones(2)
+        float(value[0]), value.tolist(), value.cpu(), value.numpy(), bool(value[0] > 0), value.nonzero()
+    assert len(host.seen) == 6
+
+
 @pytest.mark.parametrize("mixed", [False, True])
-def test_host_waits_only_at_log_steps(mixed, monkeypatch):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     from loader import build_mixer
 
     reads, real = [], DeviceSums.read
@@ -80,14 +95,15 @@ def test_host_waits_only_at_log_steps(mixed, monkeypatch):
         num_classes=3,
         seed=0,
     )
-    trainer = make_trainer(model, 8, dtype=torch.bfloat16, update_freq=2, clip_grad=1.0, ema=ModelEmaV3(model, decay=0.9), log_freq=4,
+    trainer = make_trainer(model, 8, dtype=dtype, update_freq=2, clip_grad=1.0, ema=ModelEmaV3(model, decay=0.9), log_freq=4,
         mixer=mixer if mixed else None)  # fmt: skip
     if mixed:
         trainer.criterion = SoftTargetCrossEntropy()
-    with HostReads() as host:
+    with HostReads(monkeypatch) as host:
         train(trainer, batches_of(16))
-    assert host.seen == []
-    assert len(reads) == 2  # 8 updates, one read every 4
+    # two reads, one every 4 of the 8 updates; float16 asks there too how many updates in a row it skipped
+    per_read = ["tolist", "aten._local_scalar_dense.default"] if dtype == torch.float16 else ["tolist"]
+    assert len(reads) == 2 and host.seen == per_read * 2
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
@@ -98,6 +114,25 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     train(make_trainer(large, opt="momentum"), joined)
     for a, b in zip(small.parameters(), large.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # sums in another order, float32
+
+
+def test_gradients_are_reduced_once_an_update(tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        reduced = []
+
+        def count(_state, bucket):
+            reduced.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model = torch.nn.parallel.DistributedDataParallel(tiny_model())
+        model.register_comm_hook(None, count)
+        train(make_trainer(model, update_freq=3), batches_of(6))
+    finally:
+        dist.destroy_process_group()
+    assert reduced == [0, 0]  # one bucket, two updates of three backward passes
 
 
 def test_one_update_is_torchs_own():
@@ -178,6 +213,17 @@ def test_float16_skips_an_overflow_and_goes_on():
     train(trainer, batches_of(4), report=lambda *_: scales.append(trainer.precision.scaler.get_scale()))
     assert scales == [65536.0, 32768.0, 32768.0, 32768.0]
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_float16_skips_in_a_row_are_counted_over_epochs(monkeypatch):
+    monkeypatch.setattr(engine, "SKIPS_IN_A_ROW", 5)
+    trainer = make_trainer(tiny_model(), 8, dtype=torch.float16, log_freq=8)
+    trainer.criterion = type(
+        "Always", (BadAt,), {"forward": lambda self, *a: setattr(self, "calls", self.call) or BadAt.forward(self, *a)}
+    )(0, "gradient")
+    train(trainer, batches_of(4))
+    with pytest.raises(UserError, match="overflowed 8 times in a row"):
+        train(trainer, batches_of(4))
 
 
 def test_float16_that_overflows_for_ever_ends_the_run(monkeypatch):

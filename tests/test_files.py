@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 
 import pytest
 import safetensors.torch
@@ -54,6 +55,26 @@ def test_flipped_bit_in_a_zip_is_found(tmp_path):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(UserError, match="does not match its checksum"):
         read_weights(tmp_path / "w.pth")
+
+
+def test_bytes_that_make_the_reader_fail_in_its_own_ways_end_in_one_line(tmp_path):
+    torch.save(TENSORS, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy, generator = (tmp_path / "legacy.pth").read_bytes(), random.Random(0)
+    mutants = [generator.randbytes(generator.randint(1, 60)) for _ in range(150)]
+    for _ in range(150):
+        damaged = bytearray(legacy)
+        for _ in range(3):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        mutants.append(bytes(damaged))
+    refused = 0
+    for content in mutants:
+        (tmp_path / "x.pth").write_bytes(content)
+        try:
+            read_weights(tmp_path / "x.pth")
+        except UserError as error:
+            refused += 1
+            assert "x.pth" in str(error) and "\n" not in str(error)
+    assert refused > 200  # a changed value inside a tensor of the old format cannot be seen
 
 
 @pytest.mark.parametrize("zipped", [True, False])

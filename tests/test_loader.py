@@ -294,14 +294,8 @@ def test_fraction_of_one_is_everything():
 )
 def test_update_larger_than_the_data_says_which_number_to_lower(numbers, mend):
     with pytest.raises(UserError, match=mend) as error:
-        loader.check_batches(60, *numbers, mixup=False)
+        loader.check_batches(60, *numbers)
     assert f"= {numbers[0] * numbers[1] * numbers[2]} images an update, but the training set has 60" in str(error.value)
-
-
-def test_odd_batch_is_refused_only_with_mixup():
-    loader.check_batches(60, 15, 4, 1, mixup=False)
-    with pytest.raises(UserError, match="--batch_size 15 is odd"):
-        loader.check_batches(60, 15, 4, 1, mixup=True)
 
 
 # --- mixup

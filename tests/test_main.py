@@ -11,7 +11,7 @@ from PIL import Image
 import main as script
 import models
 import weight_selection
-from options import training_options
+from options import DATA_SETS, training_options
 from utils import UserError
 from weights import write_initialization
 
@@ -190,6 +190,33 @@ def test_resuming_with_other_settings_names_them_and_changes_nothing(tiny_run, t
     with pytest.raises(UserError, match=r"processes x --update_freq was 1 x 1, is 1 x 2"):
         script.main(tiny_run("--update_freq", "2"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_run_of_another_precision_is_not_resumed(tiny_run):
+    amp = ["--use_amp", "true", "--epochs", "1"]
+    script.main(tiny_run(*amp, "--amp_dtype", "bfloat16"))
+    with pytest.raises(UserError, match=r"the precision was bfloat16, is float16 \(--device, --use_amp, --amp_dtype\)"):
+        script.main(tiny_run(*amp, "--amp_dtype", "float16"))
+
+
+def test_log_of_a_run_without_checkpoints_is_not_overwritten(tiny_run, tmp_path):
+    script.main(tiny_run("--save_ckpt", "false"))
+    before = (tmp_path / "run" / "log.txt").read_bytes()
+    for more in (["--save_ckpt", "false"], ["--lr", "0.5"]):
+        with pytest.raises(UserError, match=r"run has the log\.txt of another run: name another folder"):
+            script.main(tiny_run(*more))
+    assert (tmp_path / "run" / "log.txt").read_bytes() == before
+
+
+def test_best_checkpoint_comes_along_into_another_folder(tiny_run, tmp_path, monkeypatch):
+    real, accuracies = script.evaluate, iter([70.0, 60.0, 65.0, 50.0, 55.0])
+    monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": next(accuracies)})
+    script.main(tiny_run("--epochs", "3", output_dir=tmp_path / "a"))
+    script.main(tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-1.pth", output_dir=tmp_path / "b"))
+    assert torch.load(tmp_path / "b" / "checkpoint-best.pth", weights_only=True)["metrics"]["test_acc1"] == 70.0
+    (tmp_path / "a" / "checkpoint-best.pth").unlink()  # without it the best is counted anew, with a file to show
+    script.main(tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-1.pth", output_dir=tmp_path / "c"))
+    assert torch.load(tmp_path / "c" / "checkpoint-best.pth", weights_only=True)["metrics"]["test_acc1"] == 55.0
 
 
 def test_settings_that_decide_nothing_may_change(tiny_run):
@@ -384,7 +411,8 @@ def test_broken_image_is_named(workers, tiny_run, tmp_path):
         (["--opt", "adamx"], "--opt adamx cannot be built"),
         (["--aa", "rnd-m9"], "--aa .?rnd-m9"),
         (["--device", "gpu"], "--device gpu is not auto, cuda, cuda:N, mps or cpu"),
-        (["--head_init_scale", "0.5"], "--head_init_scale 0.5 is for convnext"),
+        (["--head_init_scale", "0.5"], "--head_init_scale and --layer_scale_init_value are for convnext"),
+        (["--layer_scale_init_value", "1"], "--head_init_scale and --layer_scale_init_value are for convnext"),
         (["--resume", "nothing.pth"], "nothing.pth does not exist"),
     ],
 )
@@ -408,6 +436,30 @@ def test_more_processes_than_gpus_are_named(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes on this node, but 2 GPUs: start at most 2"):
         distributed.pick_device("cuda")
+
+
+def test_one_gpu_for_several_processes_and_a_gpu_that_is_not_there_are_named(monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:5: the GPUs here are cuda:0 to cuda:1"):
+        distributed.pick_device("cuda:5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0 names one GPU for 2 processes"):
+        distributed.pick_device("cuda:0")
+
+
+def test_log_dir_that_cannot_be_written_is_named(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--log_dir .*file/tb cannot be written to"):
+        script.main(tiny_run("--log_dir", tmp_path / "file" / "tb"))
+
+
+def test_processes_of_srun_without_torchrun_are_refused(tiny_run, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(UserError, match="use srun torchrun"):
+        script.main(tiny_run())
 
 
 def test_output_dir_that_cannot_be_written_is_named(tiny_run, tmp_path):
@@ -440,6 +492,9 @@ def test_missing_optional_package_is_named(package, tiny_run, tmp_path, monkeypa
         (["--initialize", "http://example.org/x.pth"], r"a URL has to be https://…#sha256="),
         (["--batchsize", "64"], "unrecognized arguments: --batchsize"),
         (["--eval", "true", "--disable_eval", "true"], "leave nothing to do"),
+        (["--train_split", "x"], "are for torch/NAME and hfds/NAME, not for IMNET"),
+        (["--wandb_ckpt", "true"], "it needs --enable_wandb true"),
+        (["--resume", "https://example.org/x.pth"], "--resume https://example.org/x.pth: a URL has to be"),
     ],
 )
 def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
@@ -447,6 +502,12 @@ def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
         training_options(argv)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_names_of_the_options_are_those_of_the_data_sets():
+    import datasets
+
+    assert sorted([*DATA_SETS, "torch/NAME", "hfds/NAME"]) == sorted(datasets.NAMES)
 
 
 def test_defaults_are_the_originals(reference):

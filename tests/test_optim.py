@@ -103,7 +103,7 @@ def test_adamw_is_fused_and_its_step_is_the_papers():
     assert weight.detach() == pytest.approx(torch.tensor([[1 - 0.005 - 0.1, -2 + 0.01 - 0.1]]), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lamb", "adamw", "lion", "nadamw"])
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adamw", "lion", "nadamw", "lookahead_adamw"])
 def test_optimizers_of_timm_step(name):
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = create_optimizer(
@@ -119,6 +119,13 @@ def test_optimizers_of_timm_step(name):
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     assert (weight < 1).all()
+
+
+def test_optimizer_of_second_order_is_refused():
+    with pytest.raises(UserError, match="--opt adahessian needs second derivatives"):
+        create_optimizer(
+            [{"params": [torch.nn.Parameter(torch.ones(1))]}], "adahessian", lr=0.1, momentum=0.9, eps=None
+        )
 
 
 def test_unknown_optimizer_is_named():
