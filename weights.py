@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,10 @@ def read_file(path: Path) -> Mapping:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         _test_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # guesses at what is wrong with a file, which the line below says
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
     except MemoryError:
