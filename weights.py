@@ -59,9 +59,8 @@ def read_file(path: Path) -> Mapping:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         _test_archive(path)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # guesses at what is wrong with a file, which the line below says
+        # torch's warnings guess at what is wrong with a file, which the lines below say
+        with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
