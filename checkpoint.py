@@ -16,6 +16,8 @@ from weights import read_file
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
+STATE = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "metrics": dict, "best": dict,
+    "options": dict, "processes": int, "precision": str, "data": dict}  # fmt: skip
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
 
@@ -29,6 +31,9 @@ def read_checkpoint(path: Path) -> dict:
     state = read_file(path)
     if state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; weights to start from go to --initialize")
+    lacking = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise UserError(f"{path} is not a whole checkpoint: {', '.join(lacking)} lacks or is of another kind")
     return dict(state)
 
 
@@ -101,6 +106,31 @@ def check_same_settings(path: Path, saved: dict, options: dict, processes: int, 
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"{path} is of a run with other settings: {listed}; take those, or another --output_dir")
+
+
+def check_same_data(path: Path, saved: dict, data: dict) -> None:
+    """UserError if the classes, or the number of training images where both are known, are not the checkpoint's."""
+    for name, value in data.items():
+        then = saved["data"].get(name)
+        if None not in (value, then) and then != value:
+            raise UserError(f"{path} is of a run on other data: its {name} were {then}, not {value}"[:400])
+
+
+def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """UserError unless an optimizer's saved state has a shape for each parameter: fused kernels do not look."""
+    shapes = [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        fits = [len(group["params"]) for group in state["param_groups"]] == [
+            len(g["params"]) for g in optimizer.param_groups
+        ]
+        fits &= all("lr_scale" in group for group in state["param_groups"])
+        for number, values in state["state"].items():
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor) and value.dim()]
+            fits &= all(list(value.shape) == shapes[number] for value in tensors)
+    except (AttributeError, LookupError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: the optimizer's state does not fit this run's parameters; use another checkpoint")
 
 
 def check_unused(folder: Path, options: dict) -> None:

@@ -38,6 +38,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is not auto, cuda, cuda:N, mps or cpu") from error
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name} is not auto, cuda, cuda:N, mps or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; take --device cpu")
     if device.type != "cuda":

@@ -27,6 +27,8 @@ import loader
 from checkpoint import (
     BEST_CHECKPOINTS,
     bring_best,
+    check_same_data,
+    check_same_optimizer,
     check_same_settings,
     check_unused,
     find_checkpoint,
@@ -59,7 +61,10 @@ def main(argv: list[str] | None = None) -> dict:
 def run(options: argparse.Namespace, device: torch.device) -> dict:
     """One run, from its options to its last checkpoint."""
     set_determinism(options.deterministic)
-    output_dir = make_output_dir(options.output_dir)
+    # an evaluation writes nothing
+    output_dir = (
+        Path(options.output_dir) if options.eval and options.output_dir else make_output_dir(options.output_dir)
+    )
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     resume = str(fetch_once(options.resume)) if options.resume.startswith("https://") else options.resume
     found = find_checkpoint(resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
@@ -74,6 +79,12 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
         check_unused(output_dir, plain(options))
 
     train_images, val_images, num_classes = load_data(options)
+    data = {
+        "classes": (train_images or val_images).class_names or num_classes,
+        "training images": train_images and len(train_images),
+    }
+    if saved:
+        check_same_data(path, saved, data)
     workers = {"num_workers": options.num_workers, "pin_memory": options.pin_mem and device.type == "cuda"}
     train_loader = make_train_loader(options, train_images, workers) if train_images else None
     val_loader = make_val_loader(options, val_images, workers) if val_images else None
@@ -81,7 +92,7 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     seed_all(options.seed)
     shape = pick(options, "input_size drop_path layer_scale_init_value head_init_scale model_kwargs")
     model = build_model(options.model, num_classes=num_classes, **shape)
-    source = saved["initialization"] if saved else initialize(model, options) if options.initialize else None
+    source = saved.get("initialization") if saved else initialize(model, options) if options.initialize else None
     model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     ema = make_ema(model, options) if options.model_ema else None
     if saved:
@@ -100,17 +111,20 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     trainer = make_trainer(options, model, ema, precision, num_classes, train_loader.batch_sampler.steps_per_epoch)
     first_epoch, best = options.start_epoch, {}
     if saved:
+        check_same_optimizer(path, trainer.optimizer, saved["optimizer"])
         trainer.optimizer.load_state_dict(saved["optimizer"])
         precision.scaler.load_state_dict(saved["scaler"])
         first_epoch = saved["epoch"] + 1
         log.info("resumed after epoch %d from %s", saved["epoch"], path)
-    if first_epoch == options.epochs:
+    if first_epoch >= options.epochs:
         log.info("nothing is left to do: %s is of the last epoch", path)
         return saved["metrics"]
     if output_dir and distributed.is_main():
         write_config(output_dir, options, source, device)
         best = bring_best(path, saved, output_dir) if saved else {}
-    return train(options, output_dir, trainer, train_loader, val_loader, first_epoch, best, source)
+    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source,
+        "precision": precision.name, "data": data}  # fmt: skip
+    return train(options, output_dir, trainer, train_loader, val_loader, first_epoch, best, origin)
 
 
 # ---- set-up ----
@@ -213,7 +227,9 @@ def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
     tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
     name = f"--initialize {source['path']}"
     if source["family"] not in (None, family):
-        raise UserError(f"{name} was made for {source['student']['model']}, but --model is {options.model}")
+        student = source["student"] if isinstance(source["student"], dict) else {}
+        made_for = student.get("model", source["family"])
+        raise UserError(f"{name} was made for {made_for}, but --model is {options.model}")
     other_head = inherit(model, tensors, f"{name} does not fit --model {options.model}")
     if other_head:
         log.info("%s: %s is for other classes; the head starts from random values", name, ", ".join(other_head))
@@ -298,16 +314,17 @@ def train(
     val_loader: DataLoader | None,
     first_epoch: int,
     best: dict[str, float],
-    source: dict | None,
+    origin: dict,
 ) -> dict:
-    """Every epoch: train, evaluate, log, save; returns the last line of log.txt."""
+    """Every epoch: train, evaluate, log, save; returns the last line of log.txt.
+
+    `best` holds the best figures so far, `origin` what each checkpoint says of the run: its options, data, precision.
+    """
     is_main, steps = distributed.is_main(), train_loader.batch_sampler.steps_per_epoch
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total_batch = options.batch_size * options.update_freq * distributed.world_size()
     size = f"{options.model}: {n_parameters / 1e6:.2f}M parameters"
     log.info("%s, %d updates of %d images an epoch, on %s", size, steps, total_batch, trainer.precision.device)
-    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source,
-        "precision": trainer.precision.name}  # fmt: skip
     epoch_log = EpochLog(output_dir / "log.txt", first_epoch) if output_dir and is_main else None
     bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
     with contextlib.ExitStack() as stack:

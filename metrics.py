@@ -57,7 +57,10 @@ class EpochLog:
     def __init__(self, path: Path, first_epoch: int):
         """Open the log of a run that goes on at `first_epoch`: later lines, of a run cut off, are dropped."""
         self.path = path
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         kept = [line for line in lines if first_epoch > _epoch_in(line) >= 0]
         write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
 
@@ -79,9 +82,10 @@ class EpochLog:
 def _epoch_in(line: str) -> int:
     """The epoch of a line of log.txt; -1 if it is none, as the last one is after a crash."""
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return -1
+    return epoch if isinstance(epoch, int) else -1
 
 
 class Reporter:

@@ -35,7 +35,7 @@ def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: floa
         if "fused" in accepted:
             kwargs["fused"] = True
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **kwargs)
-    except (ValueError, TypeError, AssertionError, ImportError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError, ImportError) as error:
         raise UserError(f"--opt {name} cannot be built: {first_line(error)}") from error
 
 

@@ -138,7 +138,8 @@ def _first_conflict(options: argparse.Namespace) -> str | None:
         (not mixing or o.batch_size % 2 == 0 or o.eval,
          f"--batch_size {o.batch_size} is odd, but mixup and cutmix pair the images of a batch; make it even or set "
          "--mixup 0 --cutmix 0"),
-        (o.cutmix_minmax is None or len(o.cutmix_minmax) == 2, "--cutmix_minmax takes two numbers, the least and the most"),
+        (o.cutmix_minmax is None or (len(o.cutmix_minmax) == 2 and 0 <= o.cutmix_minmax[0] < o.cutmix_minmax[1] <= 1),
+         "--cutmix_minmax takes two numbers from 0 to 1, the least and the most"),
         (o.weight_decay > 0 or not o.weight_decay_end, f"--weight_decay_end {o.weight_decay_end} needs a --weight_decay above 0"),
         (o.model_ema or not o.model_ema_eval, "--model_ema_eval true needs --model_ema true"),
         (not (o.model_ema_eval and o.model_ema_force_cpu), "--model_ema_eval needs the average on the device: leave out --model_ema_force_cpu"),
@@ -259,7 +260,7 @@ def _training_parser() -> argparse.ArgumentParser:
         default=False,
         help="same weights each time on a GPU too, slower",
     )
-    add("--seed", default=0, type=count, help="all randomness comes from it")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="all randomness comes from it")
 
     add = parser.add_argument_group("evaluation, logs, checkpoints").add_argument
     add("--output_dir", default="", help="folder for config.json, log.txt and checkpoints; empty: nothing is kept")

@@ -90,8 +90,13 @@ def start_logging(*, quiet: bool = False) -> None:
 def run_script(main: Callable[[], object]) -> int:
     """Run a script's `main` and return its exit code; a user's mistake is one line on stderr and code 1."""
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without "…" gets "?", not an exception
+
     def report(message: str) -> None:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = (
+            f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+        )
         print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
 
     try:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import models
 from utils import UserError, first_line, run_script, start_logging
-from weights import WEIGHT_SUFFIXES, check_finite, read_weights, write_initialization
+from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, read_weights, write_initialization
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,13 @@ def read_teacher(name: str, kwargs: dict, path: str | None, model_key: str) -> t
     family = _known_family(name, teacher)
     if path.endswith(".npz"):
         return _read_npz(path, name, kwargs), teacher
-    tensors = CONVERTERS[family](read_weights(path, model_key), teacher)
+    tensors = read_weights(path, model_key)
+    try:
+        tensors = CONVERTERS[family](tensors, teacher)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--pretrained_path {path} has no layout that {name} is known in ({first_line(error)})"
+        ) from error
     _check_architecture(path, name, tensors, teacher)
     return tensors, teacher
 
@@ -237,7 +243,8 @@ def _download(name: str, kwargs: dict) -> tuple[dict[str, Tensor], nn.Module]:
         raise UserError(
             f"--pretrained_model {name} is a shape without weights: give --pretrained_path FILE, or a timm name"
         )
-    models.timm_arguments(name, kwargs)  # a wrong name is said before anything is tried
+    if not name.startswith("hf-hub:"):
+        _known_family(name, models.create(name, kwargs, device="meta"))  # a wrong name is said before the download
     log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
     try:
         teacher = models.create(name, kwargs, pretrained=True)
@@ -350,6 +357,7 @@ def main(argv: list[str] | None = None) -> Path:
         )
     teacher_name = options.pretrained_model or DEFAULT_TEACHER[family]
     path = _output_path(options.output_dir, family)
+    check_replaceable(path)
     tensors, description = initialize(
         teacher_name,
         student_name,

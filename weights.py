@@ -1,6 +1,7 @@
 """Files of weights, from anywhere, and initialization files, ours: read without running code, written whole or not at all."""
 
 import hashlib
+import http.client
 import io
 import json
 import pickle
@@ -42,19 +43,27 @@ def read_weights(path: str | Path, model_key: str = "model|module|state_dict", p
             content = {key[len(start) :]: value for key, value in content.items()}
         elif start and start == prefix:
             raise UserError(f"{path}: not every key begins with --model_prefix {prefix}; its keys: {_some(content)}")
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    strangers = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
     if strangers or not content:
         what = f"{strangers[0]} is a {type(content[strangers[0]]).__name__}" if strangers else "it is empty"
         raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
     return dict(content)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with its values in memory: not sparse, not quantized, not on the meta device."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+
+
 def read_file(path: Path) -> Mapping:
     """The mapping that a weight file holds; UserError for what is no such file."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -67,7 +76,9 @@ def read_file(path: Path) -> Mapping:
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes the readers raise almost anything, IndexError and AttributeError too
-        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        # torch's longer texts advise to load the file without care
+        reason = "it is damaged, or no such file" if "torch.load" in str(error) else first_line(error)
+        raise UserError(f"{path} cannot be read as weights: {reason}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
@@ -108,8 +119,21 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
 # ---- initialization files ----
 
 
+def check_replaceable(path: Path) -> None:
+    """UserError unless an initialization file can be written to `path` without loss: what is there is one of ours."""
+    neighbours = [path, *(path.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES if suffix != path.suffix)]
+    found = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
+    if found and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
+        raise UserError(
+            f"--output_dir: {found[0]} is there and would be lost or left without its .json: name another file"
+        )
+
+
 def write_initialization(path: Path, tensors: Mapping[str, Tensor], description: dict) -> str:
-    """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256."""
+    """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256.
+
+    The `.json` goes first: a crash between the two leaves a pair that is refused, and that a second call may replace.
+    """
     if path.suffix == ".safetensors":
         weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
     else:
@@ -118,8 +142,8 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
         weights = buffer.getvalue()
     sha256 = hashlib.sha256(weights).hexdigest()
     text = json.dumps({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(weights))
     write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(weights))
     return sha256
 
 
@@ -127,7 +151,7 @@ def read_description(path: Path) -> dict | None:
     """What the `.json` beside an initialization file says, or None if there is none of ours."""
     try:
         content = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
         return content
@@ -181,6 +205,6 @@ def fetch(url: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # network, hash, address
         raise UserError(f"{address} could not be downloaded: {first_line(error)}") from error
     return path

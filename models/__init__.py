@@ -14,6 +14,16 @@ from models import convnext, vision_transformer
 from utils import UserError, first_line
 
 VARIANTS = {**vision_transformer.VARIANTS, **convnext.VARIANTS}
+# arguments of timm's factory that load weights or place the model: files are read by weights.py alone
+RESERVED = {
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "device",
+    "features_only",
+}
 FAMILIES = {"vit": VisionTransformer, "convnext": ConvNeXt}
 DEFAULT_STUDENT = {"vit": "vit_tiny", "convnext": "convnext_femto"}
 
@@ -40,7 +50,7 @@ def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
     if is_model(name.partition(".")[0]) and name not in get_deprecated_models():
         return name, dict(kwargs)
     known = [*VARIANTS, *list_models(), *list_pretrained()]
-    nearest = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4))
+    nearest = ", ".join(difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.4)) or "none"
     reason = "was dropped by timm 1.x without a successor" if name in WITHOUT_SUCCESSOR else "is not a model"
     raise UserError(f"{name} {reason} (timm {timm.__version__}); nearest names: {nearest}")
 
@@ -51,12 +61,14 @@ def create(name: str, kwargs: dict, *, pretrained: bool = False, device: str = "
     Raises UserError for an unknown name, arguments that the constructor does not take, and weights that cannot be had.
     """
     timm_name, arguments = timm_arguments(name, kwargs)
+    for reserved in RESERVED & kwargs.keys():
+        raise UserError(f"{reserved}={kwargs[reserved]} is not an argument of a model's shape; leave it out")
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # timm on its own old names, handled above
             return timm.create_model(timm_name, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        # timm's constructors raise the first four, its look-up of names and weights and its hub client the last two
+    except (TypeError, AssertionError, LookupError, ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        # timm's constructors raise the first five, its look-up of names and weights and its hub client the last two
         how = "loaded" if pretrained else "built"
         raise UserError(
             f"{name} cannot be {how}{f' with {arguments}' * bool(arguments)}: {first_line(error)}"
@@ -87,15 +99,32 @@ def build_model(
         raise UserError(
             f"--head_init_scale and --layer_scale_init_value are for convnext_* only, but --model is {name}"
         )
+    if "num_classes" in (model_kwargs or {}):
+        raise UserError("--model_kwargs num_classes: the number of classes comes from the data; --nb_classes checks it")
     given = {**kwargs, **(model_kwargs or {})}
     if "img_size" not in given and takes_image_size(create(name, given, device="meta")):
         given["img_size"] = input_size
-    return create(name, given)
+    model = create(name, given)
+    check_forward(model, f"--model {name}", input_size, num_classes)
+    return model
 
 
 def takes_image_size(model: nn.Module) -> bool:
-    """Whether the model's constructor asks for the size of its images."""
-    return "img_size" in inspect.signature(type(model).__init__).parameters
+    """Whether the model's constructor, or one that it passes its arguments on to, asks for the size of its images."""
+    return any("img_size" in inspect.signature(kind.__init__).parameters for kind in type(model).__mro__[:-1])
+
+
+@torch.no_grad()
+def check_forward(model: nn.Module, name: str, input_size: int, num_classes: int) -> None:
+    """UserError unless the model turns images of `input_size` pixels into `num_classes` logits each."""
+    try:
+        shape = list(model.eval()(torch.zeros(2, 3, input_size, input_size)).shape)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{name} does not take images of {input_size} x {input_size}: {first_line(error)}"
+        raise UserError(f"{reason}; see --input_size and --model_kwargs") from error
+    if shape != [2, num_classes]:
+        raise UserError(f"{name} gives {shape} for 2 images, not [2, {num_classes}]; see --model_kwargs")
+    model.train()
 
 
 def family_of(model: nn.Module) -> str | None:

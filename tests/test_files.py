@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import weights
-from checkpoint import find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_epoch
+from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_epoch
 from utils import UserError, write_atomically
 from weights import find_initialization, read_initialization, read_weights, write_initialization
 
@@ -117,6 +117,28 @@ def test_prefix_is_taken_off(tmp_path):
     assert read_weights(tmp_path / "x.pth", prefix="encoder.").keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("content", [bytes(5000), b"\x80", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_damaged_file_is_not_answered_with_advice_to_run_it(content, tmp_path):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth (is refused|cannot be read as weights): ") as caught:
+        read_weights(tmp_path / "x.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(2).to_sparse(),
+        torch.empty(2, device="meta"),
+        torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8),
+    ],
+)
+def test_tensors_without_plain_values_are_named(tensor, tmp_path):
+    torch.save({"norm.weight": tensor}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth is not a state dict of tensors: norm\.weight"):
+        read_weights(tmp_path / "x.pth")
+
+
 def test_folder_in_the_place_of_a_file_is_named(tmp_path):
     with pytest.raises(UserError, match="is not a file"):
         read_weights(tmp_path)
@@ -216,7 +238,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def state_of(epoch):
-    return {"epoch": epoch, "model": TENSORS}
+    return {name: kind() for name, kind in STATE.items()} | {"epoch": epoch, "model": TENSORS}
 
 
 def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, caplog):
@@ -259,6 +281,13 @@ def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
         find_checkpoint(str(tmp_path / "checkpoint-3.pth"), tmp_path, auto_resume=True, training=False)[1]["epoch"] == 3
     )
     assert find_checkpoint("", tmp_path / "elsewhere", auto_resume=True, training=True) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("optimizer", None), ("epoch", "0"), ("model", [1])])
+def test_checkpoint_that_lacks_a_part_names_it(name, value, tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-3.pth", state_of(3) | {name: value})
+    with pytest.raises(UserError, match=f"checkpoint-3.pth is not a whole checkpoint: {name} lacks"):
+        read_checkpoint(tmp_path / "checkpoint-3.pth")
 
 
 def test_weights_are_no_checkpoint(tmp_path):

@@ -219,6 +219,32 @@ def test_best_checkpoint_comes_along_into_another_folder(tiny_run, tmp_path, mon
     assert torch.load(tmp_path / "c" / "checkpoint-best.pth", weights_only=True)["metrics"]["test_acc1"] == 55.0
 
 
+def test_resuming_on_other_data_names_the_difference(tiny_run, tmp_path, image_folder):
+    script.main(tiny_run("--epochs", "2"))
+    write_images(tmp_path / "d", "train", {"dark": 14, "grey": 13, "light": 12})
+    write_images(tmp_path / "d", "val", {"dark": 4, "grey": 4, "light": 3})
+    with pytest.raises(UserError, match="other data: its training images were 40, not 39"):
+        script.main(tiny_run("--data_path", tmp_path / "d"))
+    write_images(tmp_path / "e", "val", {"a": 4, "b": 4, "c": 3})
+    with pytest.raises(UserError, match="its classes were .*dark.*, not .*'a', 'b', 'c'"):
+        script.main(tiny_run("--data_path", tmp_path / "e", "--eval", "true"))
+
+
+def test_optimizer_state_of_other_shapes_is_refused(tiny_run, tmp_path):
+    script.main(tiny_run("--epochs", "2"))
+    (tmp_path / "run" / "checkpoint-1.pth").unlink()
+    state = torch.load(tmp_path / "run" / "checkpoint-0.pth", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    torch.save(state, tmp_path / "run" / "checkpoint-0.pth")
+    with pytest.raises(UserError, match=r"checkpoint-0\.pth: the optimizer's state does not fit"):
+        script.main(tiny_run("--epochs", "2"))
+
+
+def test_evaluation_makes_no_folder(tiny_run, tmp_path):
+    script.main(tiny_run("--eval", "true", output_dir=tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
+
+
 def test_settings_that_decide_nothing_may_change(tiny_run):
     script.main(tiny_run("--epochs", "1"))
     script.main(tiny_run("--epochs", "1", "--num_workers", "1", "--log_freq", "3", "--progress", "false"))
@@ -409,6 +435,17 @@ def test_broken_image_is_named(workers, tiny_run, tmp_path):
         (["--model", "vit_tny"], "vit_tny is not a model"),
         (["--model_kwargs", "num_heads=5"], "vit_tiny cannot be built"),
         (["--opt", "adamx"], "--opt adamx cannot be built"),
+        (["--opt_betas", "0.9"], "--opt adamw cannot be built"),
+        (["--model_kwargs", "img_size=16"], r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
+        (["--model_kwargs", "in_chans=1"], "--model vit_tiny does not take images of 32 x 32"),
+        (["--model_kwargs", "global_pool=''"], r"--model vit_tiny gives \[2, 17, 3\] for 2 images, not \[2, 3\]"),
+        (["--model_kwargs", "num_classes=5"], "the number of classes comes from the data"),
+        (
+            ["--model_kwargs", "checkpoint_path=/etc/passwd"],
+            "checkpoint_path=/etc/passwd is not an argument of a model's shape",
+        ),
+        (["--model_kwargs", "act_layer=nope"], "vit_tiny cannot be built"),
+        (["--device", "meta"], "--device meta is not auto, cuda, cuda:N, mps or cpu"),
         (["--aa", "rnd-m9"], "--aa .?rnd-m9"),
         (["--device", "gpu"], "--device gpu is not auto, cuda, cuda:N, mps or cpu"),
         (["--head_init_scale", "0.5"], "--head_init_scale and --layer_scale_init_value are for convnext"),
@@ -492,6 +529,8 @@ def test_missing_optional_package_is_named(package, tiny_run, tmp_path, monkeypa
         (["--initialize", "http://example.org/x.pth"], r"a URL has to be https://…#sha256="),
         (["--batchsize", "64"], "unrecognized arguments: --batchsize"),
         (["--eval", "true", "--disable_eval", "true"], "leave nothing to do"),
+        (["--cutmix_minmax", "1", "0"], "--cutmix_minmax takes two numbers from 0 to 1"),
+        (["--seed", "18446744073709551616"], "is not from 0 to"),
         (["--train_split", "x"], "are for torch/NAME and hfds/NAME, not for IMNET"),
         (["--wandb_ckpt", "true"], "it needs --enable_wandb true"),
         (["--resume", "https://example.org/x.pth"], "--resume https://example.org/x.pth: a URL has to be"),
@@ -544,6 +583,11 @@ def test_progress_bar_shows_loss_speed_and_time_left(tiny_run, capsys):
     script.main(tiny_run("--progress", "true", "--epochs", "1", "--log_freq", "1"))
     shown = capsys.readouterr().err
     assert "epoch 0/0" in shown and "img/s" in shown and "left" in shown and "loss" in shown
+
+
+def test_image_size_reaches_models_that_pass_it_on():
+    model = models.build_model("deit_tiny_distilled_patch16_224", num_classes=3, input_size=32)
+    assert model.patch_embed.img_size == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["convnext_femto", "resnet18", "convnextv2_atto"])

@@ -345,7 +345,7 @@ def test_names_of_old_timm_are_known():
         (["--student_model", "vit_tny"], "vit_tny is not a model.*vit_tiny"),
         (
             ["--pretrained_model", "vit_small_patch16_224.nonsense"],
-            "vit_small_patch16_224.nonsense cannot be loaded: .*tag",
+            "vit_small_patch16_224.nonsense cannot be built: .*tag",
         ),
         (
             ["--pretrained_model", "hf-hub:timm/nobody_knows"],
@@ -442,6 +442,25 @@ def test_output_dir_named_like_a_file_is_a_file(small_teacher, tmp_path):
         "--student_model", "vit_tiny", "--student_kwargs", *STUDENT_WORDS]  # fmt: skip
     file = weight_selection.main(["--output_dir", str(tmp_path / "a" / "b.safetensors"), *argv])
     assert file.is_file() and len(safetensors.torch.load_file(file)) == 30
+
+
+@pytest.mark.parametrize("there", ["teacher.pth", "mine.pth", "mine.json", "mine.safetensors"])
+def test_files_that_are_not_ours_are_not_overwritten(there, small_teacher, tmp_path):
+    path, _ = small_teacher
+    if there != "teacher.pth":
+        (tmp_path / there).write_text("precious")
+    before = (tmp_path / there).read_bytes()
+    output = tmp_path / there.replace(".json", ".pth").replace(".safetensors", ".pth")
+    argv = ["--output_dir", str(output), "--pretrained_model", "vit_tiny", "--pretrained_kwargs", *WORDS, "--pretrained_path", path,
+        "--student_model", "vit_tiny", "--student_kwargs", *STUDENT_WORDS]  # fmt: skip
+    with pytest.raises(UserError, match=f"{there} is there and would be lost"):
+        weight_selection.main(argv)
+    assert (tmp_path / there).read_bytes() == before
+
+
+def test_file_of_another_family_under_a_teachers_name_is_refused(small_teacher, tmp_path):
+    with pytest.raises(UserError, match=r"teacher\.pth has no layout that convnext_tiny is known in"):
+        initialize("convnext_tiny", "convnext_femto", pretrained_path=small_teacher[0])
 
 
 def test_output_below_a_file_is_refused(small_teacher, tmp_path):
