@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # a module imports only from lines above its own
 LINES = [
     ["utils", "options"],
-    ["distributed", "models", "optim_factory", "datasets", "weights"],
+    ["distributed", "models", "optim_factory", "datasets", "weights", "selection"],
     ["metrics", "loader", "checkpoint"],
     ["engine"],
     ["main", "weight_selection", "compare"],

@@ -11,8 +11,9 @@ from timm.models import load_checkpoint
 
 import models
 import weight_selection
+from selection import make_plan, select, select_indices
 from utils import UserError
-from weight_selection import initialize, make_plan, select, select_indices
+from weight_selection import initialize
 
 PAIRS = {
     "vit": ("vit_small_patch16_224_in21k", "vit_tiny", 150),
