@@ -130,7 +130,6 @@ def test_damaged_file_is_not_answered_with_advice_to_run_it(content, tmp_path):
     [
         torch.eye(2).to_sparse(),
         torch.empty(2, device="meta"),
-        torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8),
     ],
 )
 def test_tensors_without_plain_values_are_named(tensor, tmp_path):
