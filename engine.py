@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import rank, world_size
+from distributed import rank, share_buffers, world_size
 from metrics import DeviceSums, count_in_top
 from optim_factory import set_schedules
 from utils import Stream, UserError, derive_seed
@@ -242,6 +242,8 @@ def evaluate(
     Sums and counts are added, never means, so that the shares of the ranks and the last batch may have any size.
     With `over_ranks` false each rank has all images and no sum over ranks is taken.
     """
+    if over_ranks:
+        share_buffers(model)  # batch norm's statistics differ between ranks, which have to measure one model
     model.eval()
     sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
     for images, targets in batches:

@@ -368,9 +368,6 @@ def evaluate_all(
 ) -> dict[str, float]:
     """test_loss, test_acc1 and test_acc5 of the model, and of its moving average where asked for."""
     settings = {"channels_last": options.channels_last, "over_ranks": options.dist_eval}
-    for module in (model, ema and ema.module):
-        if module is not None:
-            distributed.share_buffers(module)  # BatchNorm's statistics: the ranks have to measure one model
     record = {f"test_{name}": value for name, value in evaluate(model, val_loader, precision, **settings).items()}
     if ema is not None and options.model_ema_eval:
         average = evaluate(ema.module, val_loader, precision, **settings)
