@@ -1,5 +1,6 @@
 """Files of weights, from anywhere, and initialization files, ours: read without running code, written whole or not at all."""
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -8,7 +9,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -17,9 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from utils import UserError, first_line, write_atomically
+from utils import UserError, first_line, json_lines, write_atomically
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
+DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -31,7 +33,13 @@ def read_weights(path: str | Path, model_key: str = "model|module|state_dict", p
     Never runs code from the file. Raises UserError with the path and the reason.
     """
     path = Path(path)
-    content = read_file(path)
+    content = unwrap(path, read_file(path), model_key, prefix)
+    check_plain(path, content)
+    return content
+
+
+def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> dict:
+    """The weights in what the file `path` holds, whatever stands for a tensor there: see `read_weights`."""
     keys = model_key.split("|")
     found = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
     if found:
@@ -43,11 +51,17 @@ def read_weights(path: str | Path, model_key: str = "model|module|state_dict", p
             content = {key[len(start) :]: value for key, value in content.items()}
         elif start and start == prefix:
             raise UserError(f"{path}: not every key begins with --model_prefix {prefix}; its keys: {_some(content)}")
-    strangers = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
-    if strangers or not content:
-        what = f"{strangers[0]} is a {type(content[strangers[0]]).__name__}" if strangers else "it is empty"
-        raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
+    if not content:
+        raise UserError(f"{path} is not a state dict of tensors: it is empty; name the part to read with --model_key")
     return dict(content)
+
+
+def check_plain(path: Path, content: Mapping) -> None:
+    """UserError naming the first of a file's weights that is no tensor of plain values under a name."""
+    for key, value in content.items():
+        if not (isinstance(key, str) and _is_plain(value)):
+            what = f"{key} is a {type(value).__name__}"
+            raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
 
 
 def _is_plain(value: object) -> bool:
@@ -57,6 +71,16 @@ def _is_plain(value: object) -> bool:
 
 def read_file(path: Path) -> Mapping:
     """The mapping that a weight file holds; UserError for what is no such file."""
+    check_file(path)
+    with reading(path):
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        _test_archive(path)
+        return unpickle(path, map_location="cpu")
+
+
+def check_file(path: Path) -> None:
+    """UserError unless there is a file with something in it."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
@@ -64,21 +88,28 @@ def read_file(path: Path) -> Mapping:
             raise UserError(f"{path} is empty")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, part: str = "") -> Iterator[None]:
+    """Turn what the readers of weight files raise into a UserError that names the file, and the `part` of it."""
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        _test_archive(path)
-        # torch's warnings guess at what is wrong with a file, which the lines below say
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        yield
+    except (MemoryError, UserError):
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
-    except MemoryError:
-        raise
     except Exception as error:  # on damaged bytes the readers raise almost anything, IndexError and AttributeError too
         # torch's longer texts advise to load the file without care
         reason = "it is damaged, or no such file" if "torch.load" in str(error) else first_line(error)
-        raise UserError(f"{path} cannot be read as weights: {reason}") from error
+        raise UserError(f"{path} cannot be read as weights: {f'{part}: ' * bool(part)}{reason}") from error
+
+
+def unpickle(path: Path, **options) -> Mapping:
+    """The mapping that `torch.save` wrote, by `torch.load` with its `options` and without running code of the file."""
+    # torch's warnings guess at what is wrong with a file, which `reading` says
+    with warnings.catch_warnings(action="ignore"):
+        content = torch.load(path, weights_only=True, **options)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
@@ -88,9 +119,17 @@ def _test_archive(path: Path) -> None:
     """Compare a zip archive with its own checksums: torch.load does not, and lets flipped bits through."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            check_kinds(archive)
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"its part {damaged} does not match its checksum")
+
+
+def check_kinds(archive: zipfile.ZipFile) -> None:
+    """ValueError for a file of the archive that is marked as a folder: torch would take what is in memory for its bytes."""
+    for info in archive.infolist():
+        if info.external_attr & DOS_FOLDER and not info.is_dir():
+            raise ValueError(f"its part {info.filename} is marked as a folder")
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -141,7 +180,7 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
         torch.save(dict(tensors), buffer)
         weights = buffer.getvalue()
     sha256 = hashlib.sha256(weights).hexdigest()
-    text = json.dumps({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, indent=1) + "\n"
+    text = json_lines({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, levels=3) + "\n"
     write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
     write_atomically(path, lambda file: file.write(weights))
     return sha256

@@ -57,6 +57,17 @@ def test_flipped_bit_in_a_zip_is_found(tmp_path):
         read_weights(tmp_path / "w.pth")
 
 
+def test_flipped_bit_that_makes_a_part_a_folder_is_found(tmp_path):
+    torch.save(TENSORS, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[content.rindex(b"w/data/1") - 8] ^= (
+        0x10  # in the directory, four bytes of attributes and four of place ahead
+    )
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"its part w/data/1 is marked as a folder"):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_bytes_that_make_the_reader_fail_in_its_own_ways_end_in_one_line(tmp_path):
     torch.save(TENSORS, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     legacy, generator = (tmp_path / "legacy.pth").read_bytes(), random.Random(0)
