@@ -10,6 +10,7 @@ import re
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
+SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
 # what may differ when a run is resumed: the rest decides the weights that come out
 FREE_ON_RESUME = frozenset(
     "auto_resume data_path device disable_eval dist_eval dist_on_itp dist_url enable_wandb eval eval_data_path local_rank "
@@ -84,23 +85,41 @@ def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The validated options of weight_selection.py; ends the process with code 2 on a usage error."""
     parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
     add = parser.add_argument
-    add("--output_dir", required=True, help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
-    add(
-        "--model_type",
-        choices=("vit", "convnext"),
-        help="family; picks the student vit_tiny or convnext_femto (default: vit)",
-    )
+    add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
+
+    group = parser.add_argument_group("the two models")
+    add = group.add_argument
+    add("--model_type", choices=SELECTION_FAMILIES, help="family; picks a pair of models where none is named "
+        "(default: vit, from ViT-S to ViT-T)")  # fmt: skip
     add("--pretrained_model", metavar="NAME", help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours "
-        "(default: vit_small_patch16_224_in21k, convnext_tiny_in22k)")  # fmt: skip
+        "(default: vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")  # fmt: skip
     add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
-        ".safetensors, .pth, .pt, .bin, .npz, or a checkpoint of main.py")  # fmt: skip
+        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz, or a checkpoint of main.py")  # fmt: skip
     add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
-    _keywords(parser, "--pretrained_kwargs", "arguments of the teacher's constructor, for one that is not a stock size")
+    _keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for one that is not a stock size")
     add("--student_model", metavar="NAME", help="any smaller model of the same family")
-    _keywords(parser, "--student_kwargs", "arguments of the student's constructor")
+    _keywords(group, "--student_kwargs", "arguments of the student's constructor")
+
+    add = parser.add_argument_group("what is taken").add_argument
+    add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
+        help="which of the teacher's layers, in each stage")  # fmt: skip
+    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude"),
+        default="uniform", help="which slots of each axis group; random_inconsistent: each tensor for itself; "
+        "magnitude: those with the largest weights")  # fmt: skip
+    add("--heads", choices=("blend", "keep"), help="a student's head takes slots of several of the teacher's, or a whole "
+        "head (default: blend, as in the paper; keep where heads cannot be mixed)")  # fmt: skip
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="of the random rules")
     add("--include_head", type=boolean, nargs="?", const=True, default=False,
         help="take the classifier too; the numbers of classes have to agree")  # fmt: skip
-    return parser.parse_args(argv)
+
+    add = parser.add_argument_group("a look at the plan").add_argument
+    add("--plan", action="store_true", help="print what would be taken, as JSON, and stop; reads no weights, but for "
+        "--element_selection magnitude")  # fmt: skip
+    add("--plot", metavar="FILE.png", help="draw it")
+    options = parser.parse_args(argv)
+    if not (options.output_dir or options.plan):
+        parser.error("the following arguments are required: --output_dir")
+    return options
 
 
 # ---- main.py ----

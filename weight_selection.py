@@ -1,8 +1,8 @@
 """Cut a larger pretrained model's weights into the shape of a smaller one and write them as an initialization file.
 
 Three steps, after section 3 of *Initializing Models with Larger Ones* (arXiv 2311.18823): each student layer gets a
-teacher layer (the first ones), each student tensor the teacher's tensor of the same place, and each of its axes evenly
-spaced positions of the teacher's. selection.py plans and copies; here are the options, the two models and the file.
+teacher layer, each student tensor the teacher's tensor of the same place, and each of its axes some of the teacher's
+positions. The package selection plans and copies; here are the options, the two models and the file.
 """
 
 from options import selection_options
@@ -15,103 +15,147 @@ import os
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import timm
 import torch
-from timm.models import convnext, vision_transformer
+from timm.models import convnext, eva, mlp_mixer, swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 import models
-from selection import make_plan, select
-from utils import UserError, first_line, run_script, start_logging
-from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, read_weights, write_initialization
+from selection.families import FAMILIES
+from selection.family import Layout
+from selection.hub import pretrained_file
+from selection.match import match
+from selection.picture import check_plot, draw
+from selection.plan import Plan, choose
+from selection.read import open_weights
+from selection.rules import Choices
+from selection.tensors import magnitudes, select
+from utils import UserError, first_line, json_lines, run_script, start_logging
+from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, write_initialization
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TEACHER = {"vit": "vit_small_patch16_224_in21k", "convnext": "convnext_tiny_in22k"}
-CONVERTERS = {"vit": vision_transformer.checkpoint_filter_fn, "convnext": convnext.checkpoint_filter_fn}
+PUBLISHED = Choices()
+DEFAULT_TEACHER = {
+    "vit": "vit_small_patch16_224_in21k",
+    "convnext": "convnext_tiny_in22k",
+    "eva": "vit_small_patch16_dinov3_qkvb",
+    "swin": "swin_base_patch4_window7_224",
+    "mixer": "mixer_b16_224",
+    "resnet": "resnet34",
+}
+# timm's readers of released files in other layouts
+CONVERTERS = {
+    "vit": vision_transformer.checkpoint_filter_fn,
+    "convnext": convnext.checkpoint_filter_fn,
+    "eva": eva.checkpoint_filter_fn,
+    "swin": swin_transformer.checkpoint_filter_fn,
+    "mixer": mlp_mixer.checkpoint_filter_fn,
+}
 
 
-def read_teacher(name: str, kwargs: dict, path: str | None, model_key: str) -> tuple[dict[str, Tensor], nn.Module]:
-    """The teacher's weights by timm's names, and the teacher built without values; from `path`, else through timm.
+# ---- the teacher's weights ----
 
-    Raises UserError for an unknown name, weights that cannot be had, and a file that is not this teacher's.
+
+def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, model_key: str) -> Mapping[str, Tensor]:
+    """The teacher's weights by timm's names, from `path`, else from the file that timm knows by `name`.
+
+    Each tensor is read when it is asked for, if the file is laid out as timm does it. `model` is the teacher, on any
+    device. Raises UserError for weights that cannot be had, and a file that is not this teacher's.
     """
+    option = f"--pretrained_path {path}"
     if path is None:
-        return _download(name, kwargs)
-    teacher = models.create(name, kwargs, device="meta")
-    family = _known_family(name, teacher)
-    if path.endswith(".npz"):
-        return _read_npz(path, name, kwargs), teacher
-    tensors = read_weights(path, model_key)
+        if name in models.VARIANTS:
+            raise UserError(
+                f"--pretrained_model {name} is a shape without weights: give --pretrained_path FILE, or a timm name"
+            )
+        log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
+        path = pretrained_file(model, name)
+        option = f"--pretrained_model {name}: its file {path}"
+    if str(path).endswith(".npz"):
+        return _read_npz(path, name, kwargs, option)
+    weights = open_weights(path, model_key)
+    if weights.whole:
+        log.info("%s is read whole: %s", path, weights.whole)
+    problem = _difference(_shapes(weights), model)
+    if problem is None:
+        return weights
+    converted = _convert(weights, model, name, option)
+    problem = _difference({key: tuple(value.shape) for key, value in converted.items()}, model)
+    if problem:
+        raise UserError(f"{option} {problem}, but {name} does not; see --pretrained_kwargs")
+    log.info("%s is read whole: timm converts its layout", path)
+    return converted
+
+
+def _convert(weights: Mapping[str, Tensor], model: nn.Module, name: str, option: str) -> dict[str, Tensor]:
+    """Weights of another layout as timm reads them for this model."""
+    converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
     try:
-        tensors = CONVERTERS[family](tensors, teacher)
+        return converter(dict(weights), model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--pretrained_path {path} has no layout that {name} is known in ({first_line(error)})"
-        ) from error
-    _check_architecture(path, name, tensors, teacher)
-    return tensors, teacher
+        raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
 
 
-def _known_family(name: str, model: nn.Module) -> str:
-    family = models.family_of(model)
-    if family is None:
-        raise UserError(
-            f"{name} is a {type(model).__name__}; the families to select from are {', '.join(models.FAMILIES)}"
-        )
-    return family
-
-
-def _download(name: str, kwargs: dict) -> tuple[dict[str, Tensor], nn.Module]:
-    """The pretrained weights that timm knows by `name`, from its cache or the network, and the model."""
-    if name in models.VARIANTS:
-        raise UserError(
-            f"--pretrained_model {name} is a shape without weights: give --pretrained_path FILE, or a timm name"
-        )
-    if not name.startswith("hf-hub:"):
-        _known_family(name, models.create(name, kwargs, device="meta"))  # a wrong name is said before the download
-    log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
-    try:
-        teacher = models.create(name, kwargs, pretrained=True)
-    except UserError as error:
-        raise UserError(
-            f"--pretrained_model {error}; give --pretrained_path FILE, or a name that has weights"
-        ) from error
-    _known_family(name, teacher)
-    return teacher.state_dict(), teacher
-
-
-def _read_npz(path: str, name: str, kwargs: dict) -> dict[str, Tensor]:
+def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> dict[str, Tensor]:
     """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
-    if not os.path.isfile(path):
-        raise UserError(f"--pretrained_path {path} is not a file")
+    log.info("%s is read whole, by timm", path)
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
         model.load_pretrained(path)
     except (AttributeError, KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--pretrained_path {path} cannot be read as the weights of {name}: {first_line(error)}"
-        ) from error
+        raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
     return model.state_dict()
 
 
-def _check_architecture(path: str, name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """UserError unless a file's tensors are those of the model, the head apart."""
+def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
+    """How a file's tensors differ from those of the model, the head apart: "has …"; None if they do not."""
     head = models.head_prefixes(model)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
-    found = {key: tuple(value.shape) for key, value in tensors.items() if not key.startswith(head)}
     for key, shape in expected.items():
         if found.get(key) != shape:
-            seen = f"has {key} {list(found[key])}" if key in found else f"has no {key}"
-            raise UserError(f"--pretrained_path {path} {seen}, but {name} needs {list(shape)}; see --pretrained_kwargs")
-    extra = sorted(found.keys() - expected.keys())
-    if extra:
-        raise UserError(f"--pretrained_path {path} has {extra[0]}, which {name} does not; see --pretrained_kwargs")
+            return f"has {key} {list(found[key])}, not {list(shape)}" if key in found else f"has no {key}"
+    extra = sorted(key for key in found if key not in expected and not key.startswith(head))
+    return f"has {extra[0]}" if extra else None
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a teacher's tensors, without reading one where they can be known so."""
+    known = getattr(weights, "shapes", None)
+    return known or {key: tuple(value.shape) for key, value in weights.items()}
 
 
 # ---- the script ----
+
+
+def build(name: str, kwargs: dict) -> tuple[nn.Module, str]:
+    """The model `name` without values, and its family; UserError for an unknown name and for one outside the families."""
+    model = models.create(name, kwargs, device="meta")
+    family = models.family_of(model)
+    if family is None:
+        known = ", ".join(f"{family} ({kind.__name__})" for family, kind in models.FAMILIES.items())
+        raise UserError(f"{name} is a {type(model).__name__}; the families to select from are {known}")
+    return model, family
+
+
+def make_plan(
+    teacher: nn.Module,
+    student: nn.Module,
+    choices: Choices,
+    *,
+    include_head: bool,
+    weights: Mapping[str, Tensor] | None,
+) -> Plan:
+    """The plan of a pair; `weights` of the teacher are read for "magnitude" alone, their head counts if it is taken."""
+    family, left_out = FAMILIES[models.family_of(student)], () if include_head else models.head_prefixes(student)
+    layout = Layout.of(teacher, family, left_out)
+    if include_head and weights is not None:
+        layout = replace(layout, shapes=layout.shapes | _shapes(weights))
+    outline = match(family, layout, Layout.of(student, family, left_out), choices)
+    return choose(outline, choices, magnitudes(weights, outline) if choices.element_selection == "magnitude" else None)
 
 
 def initialize(
@@ -122,69 +166,62 @@ def initialize(
     student_kwargs: dict | None = None,
     pretrained_path: str | None = None,
     model_key: str = "model|module|state_dict",
+    choices: Choices = PUBLISHED,
     include_head: bool = False,
+    plan_only: bool = False,
 ) -> tuple[dict[str, Tensor], dict]:
-    """The student's tensors and the description that goes beside them; raises UserError for a pair that does not fit."""
+    """The student's tensors (none with `plan_only`) and the description that goes beside them.
+
+    Raises UserError for a pair that does not fit and for weights that are not this teacher's.
+    """
     teacher_kwargs, student_kwargs = teacher_kwargs or {}, student_kwargs or {}
-    student = models.create(student_name, student_kwargs, device="meta")
-    family = _known_family(student_name, student)
-    tensors, teacher = read_teacher(teacher_name, teacher_kwargs, pretrained_path, model_key)
-    if models.family_of(teacher) != family:
-        raise UserError(
-            f"{teacher_name} is of the family {models.family_of(teacher)}, {student_name} of the family {family}"
-        )
+    if pretrained_path and not os.path.isfile(pretrained_path):
+        is_there = os.path.exists(pretrained_path)
+        raise UserError(f"--pretrained_path {pretrained_path} {'is not a file' if is_there else 'does not exist'}")
+    student, family = build(student_name, student_kwargs)
+    teacher, teacher_family = build(teacher_name, teacher_kwargs)
+    if teacher_family != family:
+        raise UserError(f"{teacher_name} is of the family {teacher_family}, {student_name} of the family {family}")
+    weights = None
+    if not plan_only or choices.element_selection == "magnitude":
+        weights = read_teacher(teacher_name, teacher_kwargs, teacher, pretrained_path, model_key)
     if include_head:
-        student_kwargs = {"num_classes": _classes(tensors, teacher_name), **student_kwargs}
-        student = models.create(student_name, student_kwargs, device="meta")
-    left_out = () if include_head else models.head_prefixes(student)
-    plan = make_plan(family, _shapes(tensors, left_out), _shapes(student.state_dict(), left_out))
-    selected = select(tensors, plan)
-    check_finite(selected, pretrained_path or teacher_name)
+        student_kwargs = {"num_classes": _classes(weights, teacher, teacher_name), **student_kwargs}
+        student, _ = build(student_name, student_kwargs)
+    plan = make_plan(teacher, student, choices, include_head=include_head, weights=weights)
+    tensors = {} if plan_only else select(weights, plan)
+    check_finite(tensors, pretrained_path or teacher_name)
     description = {
         "family": family,
         "student": dict(zip(("model", "kwargs"), models.timm_arguments(student_name, student_kwargs), strict=True)),
         "teacher": dict(zip(("model", "kwargs"), models.timm_arguments(teacher_name, teacher_kwargs), strict=True))
         | {"file": pretrained_path},
-        "choices": {
-            "layer_selection": "first",
-            "element_selection": "uniform",
-            "heads": "blend",
-            "include_head": include_head,
-        },
+        "choices": asdict(choices) | {"heads": plan.heads, "include_head": include_head},
         "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
         "plan": plan.as_json(),
     }
-    return selected, description
+    return tensors, description
 
 
-def _shapes(tensors: Mapping[str, Tensor], left_out: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in tensors.items() if not key.startswith(left_out)}
-
-
-def _classes(tensors: Mapping[str, Tensor], name: str) -> int:
-    """How many classes the teacher's classifier has."""
-    bias = next((tensors[key] for key in ("head.fc.bias", "head.bias") if key in tensors), None)
+def _classes(weights: Mapping[str, Tensor] | None, model: nn.Module, name: str) -> int:
+    """How many classes the teacher's classifier has: in its file, or else as timm builds it."""
+    shapes = _shapes(model.state_dict() if weights is None else weights)
+    bias = next((key for key in ("head.fc.bias", "head.bias", "fc.bias") if key in shapes), None)
     if bias is None:
         raise UserError(f"--include_head: {name} has no classifier to take")
-    return len(bias)
+    return shapes[bias][0]
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Run the script; returns the file it wrote."""
+def main(argv: list[str] | None = None) -> Path | None:
+    """Run the script; returns the file it wrote, None with --plan."""
     options = selection_options(argv)
     start_logging()
-    student_name = options.student_model or models.DEFAULT_STUDENT[options.model_type or "vit"]
-    family = _known_family(student_name, models.create(student_name, options.student_kwargs, device="meta"))
-    if options.model_type and options.model_type != family:
-        log.warning(
-            "--student_model %s is of the family %s; --model_type %s has no effect",
-            student_name,
-            family,
-            options.model_type,
-        )
-    teacher_name = options.pretrained_model or DEFAULT_TEACHER[family]
-    path = _output_path(options.output_dir, family)
-    check_replaceable(path)
+    teacher_name, student_name, family = _names(options)
+    if options.plot:
+        check_plot(Path(options.plot))
+    if not options.plan:
+        path = _output_path(options.output_dir, family)
+        check_replaceable(path)
     tensors, description = initialize(
         teacher_name,
         student_name,
@@ -192,8 +229,17 @@ def main(argv: list[str] | None = None) -> Path:
         student_kwargs=options.student_kwargs,
         pretrained_path=options.pretrained_path,
         model_key=options.model_key,
+        choices=Choices(options.layer_selection, options.element_selection, options.heads, options.seed),
         include_head=options.include_head,
+        plan_only=options.plan,
     )
+    for note, count in description["plan"]["notes"].items():
+        log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
+    if options.plot:
+        draw(description, Path(options.plot))
+    if options.plan:
+        print(json_lines(description, levels=3))
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     sha256 = write_initialization(path, tensors, description)
     count = sum(tensor.numel() for tensor in tensors.values())
@@ -201,6 +247,25 @@ def main(argv: list[str] | None = None) -> Path:
         f"{path}: {len(tensors)} tensors, {count:,} values for {student_name} from {teacher_name}, sha256 {sha256[:12]}…"
     )
     return path
+
+
+def _names(options) -> tuple[str, str, str]:
+    """The teacher, the student and the family that the options name: each counts where those before it are not given."""
+    if options.student_model:
+        family = build(options.student_model, options.student_kwargs)[1]
+        if options.model_type not in (None, family):
+            log.warning(
+                "--student_model %s is of the family %s; --model_type %s has no effect",
+                options.student_model,
+                family,
+                options.model_type,
+            )
+    elif options.model_type:
+        family = options.model_type
+    else:
+        family = build(options.pretrained_model, options.pretrained_kwargs)[1] if options.pretrained_model else "vit"
+    teacher_name = options.pretrained_model or DEFAULT_TEACHER[family]
+    return teacher_name, options.student_model or models.DEFAULT_STUDENT[family], family
 
 
 def _output_path(output_dir: str, family: str) -> Path:

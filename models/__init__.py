@@ -1,5 +1,6 @@
 """Models by name, the paper's short names before timm's, and the fit of weights to them."""
 
+import contextlib
 import difflib
 import inspect
 import warnings
@@ -7,8 +8,20 @@ from collections.abc import Mapping
 
 import timm
 import torch
-from timm.models import ConvNeXt, VisionTransformer, get_deprecated_models, is_model, list_models, list_pretrained
+from timm.models import (
+    ConvNeXt,
+    Eva,
+    MlpMixer,
+    ResNet,
+    SwinTransformer,
+    VisionTransformer,
+    get_deprecated_models,
+    is_model,
+    list_models,
+    list_pretrained,
+)
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models import convnext, vision_transformer
 from utils import UserError, first_line
@@ -24,8 +37,22 @@ RESERVED = {
     "device",
     "features_only",
 }
-FAMILIES = {"vit": VisionTransformer, "convnext": ConvNeXt}
-DEFAULT_STUDENT = {"vit": "vit_tiny", "convnext": "convnext_femto"}
+FAMILIES = {
+    "vit": VisionTransformer,
+    "convnext": ConvNeXt,
+    "eva": Eva,
+    "swin": SwinTransformer,
+    "mixer": MlpMixer,
+    "resnet": ResNet,
+}
+DEFAULT_STUDENT = {
+    "vit": "vit_tiny",
+    "convnext": "convnext_femto",
+    "eva": "vit_tiny_patch16_dinov3_qkvb",
+    "swin": "swin_tiny_patch4_window7_224",
+    "mixer": "mixer_s16_224",
+    "resnet": "resnet18",
+}
 
 # names of timm 0.6.12 that timm 1.x neither has nor maps to a new one
 WITHOUT_SUCCESSOR = frozenset(
@@ -55,23 +82,39 @@ def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
     raise UserError(f"{name} {reason} (timm {timm.__version__}); nearest names: {nearest}")
 
 
-def create(name: str, kwargs: dict, *, pretrained: bool = False, device: str = "cpu") -> nn.Module:
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what constructors do to fill tensors: on the meta device it changes nothing and takes most of the time."""
+
+    FILLING = frozenset(
+        "add_ clamp_ constant_ copy_ div_ erfinv_ fill_ kaiming_normal_ kaiming_uniform_ mul_ normal_ ones_ sub_ "
+        "trunc_normal_ uniform_ xavier_uniform_ zero_ zeros_".split()
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def create(name: str, kwargs: dict, *, device: str = "cpu") -> nn.Module:
     """The model `name` built with `kwargs`; on device "meta" it has shapes and no values.
 
-    Raises UserError for an unknown name, arguments that the constructor does not take, and weights that cannot be had.
+    Raises UserError for an unknown name and for arguments that the constructor does not take.
     """
     timm_name, arguments = timm_arguments(name, kwargs)
     for reserved in RESERVED & kwargs.keys():
         raise UserError(f"{reserved}={kwargs[reserved]} is not an argument of a model's shape; leave it out")
     try:
-        with torch.device(device), warnings.catch_warnings():
+        values = _WithoutValues() if device == "meta" else contextlib.nullcontext()
+        with torch.device(device), values, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # timm on its own old names, handled above
-            return timm.create_model(timm_name, pretrained=pretrained, **arguments)
+            return timm.create_model(timm_name, **arguments)
     except (TypeError, AssertionError, LookupError, ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        # timm's constructors raise the first five, its look-up of names and weights and its hub client the last two
-        how = "loaded" if pretrained else "built"
+        # timm's constructors raise the first five, its look-up of names and its hub client the last two
+        if name.startswith("hf-hub:"):
+            raise UserError(f"{name} cannot be loaded: {first_line(error)}; give --pretrained_path FILE") from error
         raise UserError(
-            f"{name} cannot be {how}{f' with {arguments}' * bool(arguments)}: {first_line(error)}"
+            f"{name} cannot be built{f' with {arguments}' * bool(arguments)}: {first_line(error)}"
         ) from error
 
 
@@ -128,7 +171,7 @@ def check_forward(model: nn.Module, name: str, input_size: int, num_classes: int
 
 
 def family_of(model: nn.Module) -> str | None:
-    """ "vit", "convnext", or None for a model of another kind."""
+    """The name in FAMILIES of the model's family, or None for a model of another kind."""
     return next((family for family, kind in FAMILIES.items() if isinstance(model, kind)), None)
 
 
@@ -138,7 +181,7 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     The published method inherits none of these (weight_selection.py at e9b6d0c leaves out keys holding "head").
     """
     if family_of(model):
-        return ("head.", "head_dist.")
+        return ("fc.",) if isinstance(model, ResNet) else ("head.", "head_dist.")
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return tuple(f"{name}." for name in names)

@@ -1,5 +1,8 @@
 """The README's commands, taken from it and run: only paths and numbers of processes are changed."""
 
+import itertools
+import json
+import os
 import pickle
 import re
 import shlex
@@ -32,6 +35,7 @@ def commands(first_words, script_name):
 
 
 SELECTIONS = commands("python3 weight_selection.py", "weight_selection.py")
+IN_TABLES = [shlex.split(words) for words in re.findall(r"`python3 weight_selection\.py ([^`]+)`", README)]
 LAUNCHED = commands("python -m torch.distributed.launch", "main.py")
 TORCHRUN = [words for words in commands("torchrun --nproc_per_node=8", "main.py") if "…" not in words]
 
@@ -71,6 +75,18 @@ def hub_cache(tmp_path_factory):
     return cache
 
 
+def write_zeros(model, path):
+    """A `.safetensors` file of the model's tensors, all zero: a file with holes, which takes no space."""
+    header, end = {}, 0
+    for key, value in model.state_dict().items():
+        dtype, start = {torch.float32: "F32", torch.int64: "I64"}[value.dtype], end
+        end += value.numel() * value.element_size()
+        header[key] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 @pytest.fixture(scope="module")
 def selected(hub_cache, tmp_path_factory):
     """The folder that the README's two selections of the paper wrote."""
@@ -98,7 +114,7 @@ def data(tmp_path_factory):
 
 
 def test_readme_has_the_six_commands_of_the_paper_with_both_launchers():
-    assert len(SELECTIONS) == 3  # the paper's two, and one from a file
+    assert len(SELECTIONS) == 3  # the paper's two, and a plan
     assert LAUNCHED == TORCHRUN and len(LAUNCHED) == 4
     settings = [dict(zip(words[::2], words[1::2], strict=True)) for words in LAUNCHED]
     # the total batch of the paper's recipes, on the README's 8 processes
@@ -112,15 +128,37 @@ def test_selections_of_the_readme_write_both_files(selected):
     assert [len(torch.load(selected / name, weights_only=True)) for name in ("vit.pth", "convnext.pth")] == [150, 124]
 
 
-def test_selection_from_a_file_of_the_readme_runs(tmp_path):
-    torch.manual_seed(0)
-    safetensors.torch.save_file(
-        models.create("vit_base", {"num_classes": 21843}).state_dict(), tmp_path / "vit_base.safetensors"
-    )
-    written = weight_selection.main(
-        placed(SELECTIONS[2], {"/path/to/weight_selection": tmp_path, "/path/to/vit_base": tmp_path / "vit_base"})
-    )
-    assert written.name == "vit_small_from_base.pth"
+@pytest.mark.parametrize("words", IN_TABLES, ids=lambda words: words[1].removeprefix("/path/to/weight_selection/"))
+def test_selections_in_the_tables_of_the_readme_run(words, tmp_path, monkeypatch):
+    given = dict(itertools.pairwise(words))
+    teacher = models.create(given.get("--pretrained_model", "vit_small_patch16_224_in21k"), {}, device="meta")
+    monkeypatch.setattr(weight_selection, "pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
+    write_zeros(teacher, tmp_path / "teacher.safetensors")
+    places = {"/path/to/weight_selection": tmp_path / "out", "/path/to/vit_base": tmp_path / "teacher"}
+    written = weight_selection.main(placed(words, places))
+    student = json.loads(written.with_suffix(".json").read_text())["student"]
+    model = models.create(student["model"], student["kwargs"], device="meta")
+    shapes = {key: value.shape for key, value in torch.load(written, weights_only=True).items()}
+    head = models.head_prefixes(model)
+    assert shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith(head)}
+
+
+def test_tables_of_the_readme_have_a_command_for_every_family():
+    students = [dict(itertools.pairwise(words)) for words in IN_TABLES]
+    families = {words.get("--model_type") or "vit" for words in students}
+    families |= {
+        words["--student_model"].partition("_")[0].removesuffix("v2")
+        for words in students
+        if "--student_model" in words
+    }
+    assert families == set(models.FAMILIES)
+
+
+def test_plan_of_the_readme_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert weight_selection.main(SELECTIONS[2]) is None
+    assert json.loads(capsys.readouterr().out)["plan"]["groups"]["stream"]["teacher_size"] == 768
+    assert (tmp_path / "docs" / "plan.png").stat().st_size > 10_000
 
 
 class FirstUpdate(Exception):

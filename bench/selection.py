@@ -1,0 +1,285 @@
+"""Times weight_selection.py, and its memory, against the plain way: build the teacher, load all of its file, slice, save.
+
+Each measurement is a process of its own, which imports everything before it begins. Needs Linux (/proc), 7 GB of disk
+for the teachers' files (random values) and, for the plain way with the largest, 13 GB of memory.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, whose selection.py is not the one to import
+
+MB = 10**6
+
+
+class Pair(NamedTuple):
+    """A teacher by its name, its file, and the student that is cut from it."""
+
+    title: str
+    teacher: str
+    kwargs: dict[str, int]
+    file: str
+    student: str
+
+
+PAIRS = {
+    "vit_s": Pair("ViT-S → ViT-T", "vit_small_patch16_224_in21k", {}, "vit_s.safetensors", "vit_tiny"),
+    "vit_l": Pair("ViT-L → ViT-T", "vit_large_patch16_224", {}, "vit_l.safetensors", "vit_tiny"),
+    "vit_l_pth": Pair("ViT-L → ViT-T, .pth", "vit_large_patch16_224", {}, "vit_l.pth", "vit_tiny"),
+    "convnext_t": Pair(
+        "ConvNeXt-T → ConvNeXt-F", "convnext_tiny_in22k", {}, "convnext_t.safetensors", "convnext_femto"
+    ),
+    "vit_4gb": Pair(
+        "ViT of 4 GB → ViT-T",
+        "vit_large_patch16_224",
+        {"embed_dim": 2048, "depth": 20, "num_heads": 32},
+        "vit_4gb.safetensors",
+        "vit_tiny",
+    ),
+}
+WAYS = ("plain", "ours")
+
+
+# ---- one measurement, in its own process ----
+
+
+def memory() -> dict[str, float]:
+    """This process's memory in MB: RssAnon is its own alone, VmRSS with mapped files, VmHWM the most that VmRSS was."""
+    with open("/proc/self/status") as file:
+        fields = (line.split() for line in file)
+        return {
+            field[0].rstrip(":"): int(field[1]) * 1024 / MB for field in fields if field[0][:3] in ("Rss", "VmR", "VmH")
+        }
+
+
+@contextlib.contextmanager
+def sampled(measured: dict[str, float], interval: float = 0.002) -> Iterator[None]:
+    """Time the block and put its seconds, and the MB that it took at most, into `measured`."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before, done = memory(), threading.Event()
+    samples = [before["RssAnon"]]
+
+    def sample() -> None:
+        while not done.wait(interval):
+            samples.append(memory()["RssAnon"])
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    start = time.perf_counter()
+    yield
+    measured["seconds"] = time.perf_counter() - start
+    done.set()
+    thread.join()
+    after = memory()
+    measured["private_mb"] = max(*samples, after["RssAnon"]) - before["RssAnon"]
+    measured["peak_rss_mb"] = after["VmHWM"] - before["VmRSS"]
+
+
+def measure(way: str, pair: Pair, path: Path) -> dict[str, float]:
+    """One selection in one way, from a teacher's file to an initialization file in a temporary folder beside it."""
+    import safetensors.torch
+    import timm
+    import torch
+
+    import models
+    import weight_selection
+
+    def plain(output: Path) -> None:
+        name, kwargs = models.timm_arguments(pair.teacher, pair.kwargs)
+        teacher = timm.create_model(name, **kwargs)
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        teacher.load_state_dict(tensors)
+        name, kwargs = models.timm_arguments(pair.student, {})
+        student, weights, selected = timm.create_model(name, **kwargs), teacher.state_dict(), {}
+        for key, value in student.state_dict().items():
+            if not key.startswith("head."):
+                tensor = weights[key]
+                for axis, size in enumerate(value.shape):
+                    places = torch.linspace(0, tensor.shape[axis] - 1, size).round().long()
+                    tensor = tensor.index_select(axis, places)
+                selected[key] = tensor
+        torch.save(selected, output / "student.pth")
+
+    def ours(output: Path) -> None:
+        words = [f"{key}={value}" for key, value in pair.kwargs.items()]
+        kwargs = ["--pretrained_kwargs", *words] if words else []
+        weight_selection.main(["--output_dir", str(output), "--pretrained_model", pair.teacher, *kwargs,
+            "--pretrained_path", str(path), "--student_model", pair.student])  # fmt: skip
+
+    gc.freeze()  # as the script does; else the first collection walks through all that was imported, in either way
+    measured = {}
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as output,
+        contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON
+        sampled(measured),
+    ):
+        {"plain": plain, "ours": ours}[way](Path(output))
+    return measured
+
+
+# ---- all of them ----
+
+
+def make_teacher(pair: Pair, path: Path) -> None:
+    """Write the teacher's file with random values unless it is there."""
+    if path.exists():
+        return
+    import safetensors.torch
+    import torch
+
+    import models
+
+    shapes = models.create(pair.teacher, pair.kwargs, device="meta").state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: torch.empty(value.shape).uniform_(-0.05, 0.05, generator=generator) for key, value in shapes.items()
+    }
+    temporary = path.with_name(f"{path.name}.tmp")
+    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def in_own_process(*arguments: str) -> str:
+    """What this script prints with these arguments; what it says beside that is shown only if it fails."""
+    run = subprocess.run([sys.executable, str(Path(__file__).resolve()), *arguments], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{shlex.join(arguments)} failed:\n{run.stderr}")
+    return run.stdout
+
+
+def compare(names: list[str], repeat: int, folder: Path, log: Path | None) -> dict[str, dict[str, list[dict]]]:
+    """The measurements by pair and way, of `repeat` rounds that take turns, behind one round to warm the cache."""
+    results = {}
+    for name in names:
+        in_own_process("--make", name, "--folder", str(folder))
+        results[name] = {way: [] for way in WAYS}
+        for round_ in range(repeat + 1):
+            for way in WAYS:
+                measured = json.loads(in_own_process("--one", way, name, "--folder", str(folder)))
+                print(f"{name} {way} round {round_}: {json.dumps(measured)}", file=sys.stderr, flush=True)
+                if round_:
+                    results[name][way].append(measured)
+                    if log:
+                        with open(log, "a") as file:
+                            file.write(json.dumps({"pair": name, "way": way, "round": round_, **measured}) + "\n")
+    return results
+
+
+def median(runs: list[dict], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def spread(runs: list[dict], key: str, digits: int) -> str:
+    """Median and, in brackets, least to most."""
+    values = [run[key] for run in runs]
+    return f"{median(runs, key):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """A row for each pair, in Markdown."""
+    lines = [
+        "| pair | plain, s | ours, s | ratio | plain RssAnon, MB | ours | plain peak RSS, MB | ours |",
+        "|---" * 8 + "|",
+    ]
+    for name, ways in results.items():
+        ratio = median(ways["plain"], "seconds") / median(ways["ours"], "seconds")
+        times = [spread(ways[way], "seconds", digits) for way, digits in (("plain", 2), ("ours", 3))]
+        sizes = [spread(ways[way], key, 0) for key in ("private_mb", "peak_rss_mb") for way in WAYS]
+        lines.append(f"| {' | '.join([PAIRS[name].title, *times, f'{ratio:.1f} x', *sizes])} |")
+    return lines
+
+
+def targets(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """What was to be reached, beside what was."""
+    ours = {name: median(ways["ours"], "seconds") for name, ways in results.items()}
+    lines = []
+    if "vit_l" in results:
+        ratio = median(results["vit_l"]["plain"], "seconds") / ours["vit_l"]
+        private = median(results["vit_l"]["ours"], "private_mb")
+        lines += [f"- ViT-L → ViT-T: {ratio:.1f} x as fast as the plain way (target: 15 x at least)"]
+        lines += [f"- ViT-L → ViT-T: {private:.0f} MB of private memory (target: 150 MB at most)"]
+    for name, most in (("vit_l", 2), ("vit_4gb", 4)):
+        if name in results and "vit_s" in results:
+            growth = ours[name] / ours["vit_s"]
+            lines.append(f"- {PAIRS[name].title}: {growth:.2f} x the time of ViT-S → ViT-T (target: {most} x at most)")
+    return lines
+
+
+def hardware() -> str:
+    """Processor, cores and memory."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 10**9
+    return f"{processor}, {len(os.sched_getaffinity(0))} cores, {gigabytes:.0f} GB"
+
+
+def report(results: dict[str, dict[str, list[dict]]], repeat: int) -> str:
+    """The table, the targets, and what it was measured on, in Markdown."""
+    from utils import revision
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "safetensors"))
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    return "\n".join([
+        *table(results),
+        "",
+        f"Median of n = {repeat} (least..most) behind one run that warms the page cache; time and memory after the imports,",
+        "to the written file. RssAnon: the most private memory, sampled every 2 ms. Peak RSS counts mapped files too.",
+        "",
+        *targets(results),
+        "",
+        f"Hardware: {hardware()}; {platform.system()} {platform.release()}; OMP_NUM_THREADS {threads}.",
+        f"Versions: Python {platform.python_version()}, {versions}; this code {revision() or 'outside git'}.",
+        f"Command: `python bench/selection.py {shlex.join(sys.argv[1:])}`",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5, help="recorded runs of each pair in each way")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the report; single runs go to .jsonl beside it")
+    parser.add_argument("--folder", type=Path, help="for the teachers' files, kept; default: a temporary one, removed")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "PAIR"), help="measure once and print a line of JSON")
+    parser.add_argument("--make", choices=PAIRS, help="only write this teacher's file")
+    options = parser.parse_args()
+    if (options.one or options.make) and not options.folder:
+        parser.error("--one and --make need --folder")
+    if options.one:
+        way, pair = options.one[0], PAIRS[options.one[1]]
+        print(json.dumps(measure(way, pair, options.folder / pair.file)))
+    elif options.make:
+        make_teacher(PAIRS[options.make], options.folder / PAIRS[options.make].file)
+    else:
+        log = options.out.with_suffix(".jsonl") if options.out else None
+        if log:
+            log.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            text = report(compare(options.pairs, options.repeat, folder, log), options.repeat)
+        print(text)
+        if options.out:
+            options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

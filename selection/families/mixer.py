@@ -1,0 +1,28 @@
+"""timm's MlpMixer with mixing blocks (mixer_* and gmixer_*). Tokens are positions: they are neither chosen nor moved."""
+
+from selection.family import Family, Shapes, packed
+
+
+def axes(shapes: Shapes) -> dict[str, str]:
+    """The table; gmixer_* packs the two halves of a gated MLP into one projection."""
+    tokens = packed(shapes, r"(.+\.mlp_tokens)\.fc1\.weight", r"\1.fc2.weight")
+    channels = packed(shapes, r"(.+\.mlp_channels)\.fc1\.weight", r"\1.fc2.weight")
+    return {
+        r"stem\.proj\.weight": "stream - ~ ~",
+        r"stem\.proj\.bias": "stream",
+        r"(.+\.mlp_tokens)\.fc1\.weight": rf"{tokens}\1 -",
+        r"(.+\.mlp_tokens)\.fc1\.bias": rf"{tokens}\1",
+        r"(.+\.mlp_tokens)\.fc2\.weight": r"- \1",
+        r".+\.mlp_tokens\.fc2\.bias": "-",
+        r"(.+\.mlp_channels)\.fc1\.weight": rf"{channels}\1 stream",
+        r"(.+\.mlp_channels)\.fc1\.bias": rf"{channels}\1",
+        r"(.+\.mlp_channels)\.fc2\.weight": r"stream \1",
+        r".+\.mlp_channels\.fc2\.bias": "stream",
+        r"blocks\.\d+\.norm[12]\.(weight|bias)": "stream",
+        r"norm\.(weight|bias)": "stream",
+        r"head\.weight": "- stream",
+        r"head\.bias": "-",
+    }
+
+
+FAMILY = Family(axes=axes, layers=r"(blocks)\.(\d+)\.")

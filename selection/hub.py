@@ -1,0 +1,79 @@
+"""The files of the weights that timm knows by name: in the caches of the hub and of torch, or downloaded."""
+
+import re
+from functools import partial
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+
+from selection.read import INDEX_SUFFIX, read_index
+from utils import UserError, first_line
+
+# the files of the hub that are looked for first, where they are not named as the .bin is
+SAFE_NAMES = {
+    "pytorch_model.bin": "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+
+
+def pretrained_file(model: nn.Module, name: str) -> Path:
+    """The local file of the pretrained weights of timm's `model`, downloaded unless it is in the hub's or torch's cache.
+
+    The places are tried in timm's order (timm/models/_builder.py, _resolve_pretrained_source, at 1.0.31): its file, the
+    hub, its address. What a repository holds in several `.safetensors` files is named by its index. Raises UserError
+    that begins with --pretrained_model `name` where there are no weights or they cannot be had.
+    """
+    config = model.pretrained_cfg
+    try:
+        if config.get("file") and config.get("source") != "hf-hub":
+            return Path(config["file"])
+        if config.get("hf_hub_id"):
+            return _from_hub(config["hf_hub_id"], config.get("hf_hub_filename") or "pytorch_model.bin")
+        if config.get("url"):
+            return _from_address(config["url"])
+        raise LookupError("timm knows no weights of it")
+    except Exception as error:  # the hub's client lets those of the HTTP library that it happens to use through
+        raise UserError(
+            f"--pretrained_model {name} cannot be loaded: {first_line(error)}; "
+            "give --pretrained_path FILE, or a name that has weights"
+        ) from error
+
+
+def _from_hub(repository: str, filename: str) -> Path:
+    """The first that `repository`, or `repository@revision`, has of the files that stand for `filename`."""
+    repository, _, revision = repository.partition("@")
+    get = partial(hf_hub_download, repository, revision=revision or None)
+    # timm looks in this order (load_state_dict_from_hf); it does not know of indices
+    safe = SAFE_NAMES.get(filename, re.sub(r"\.bin$", ".safetensors", filename))
+    candidates = list(dict.fromkeys([safe, filename]))
+    if safe.endswith(".safetensors"):
+        candidates.append(f"{safe}.index.json")
+    unreachable = None
+    for candidate in candidates:
+        try:
+            path = Path(get(candidate))
+            break
+        except LocalEntryNotFoundError as error:
+            # without network each look-up tries for half a minute: the rest are looked for in the cache alone
+            get, unreachable = partial(get, local_files_only=True), unreachable or error
+        except EntryNotFoundError:
+            pass  # said below where the others are missing too
+    else:
+        raise unreachable or LookupError(f"{repository} has none of the files {', '.join(candidates)}")
+    if path.name.endswith(INDEX_SUFFIX):
+        for name in sorted({file.name for file in read_index(path).values()}):
+            get(str(PurePosixPath(candidate).with_name(name)))
+    return path
+
+
+def _from_address(address: str) -> Path:
+    """The copy in torch's cache of the file at an address, where `torch.hub.load_state_dict_from_url` has it too."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlparse(address).path).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path), progress=False)
+    return path

@@ -1,0 +1,183 @@
+"""The rules: which layers a student takes, and which slots of an axis group."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import layout, plan_of, vit_layout
+
+from selection.families import FAMILIES
+from selection.family import Layout
+from selection.match import match
+from selection.plan import choose
+from selection.rules import Choices, select_layers, select_slots
+from selection.tensors import magnitudes, select
+
+VIT_B, VIT_T = "vit_base_patch16_224", "vit_tiny_patch16_224"
+
+
+# ---- layers ----
+
+
+@pytest.mark.parametrize(
+    ("rule", "source", "target", "kinds", "expected"),
+    [
+        ("first", 12, 4, {}, [0, 1, 2, 3]),
+        ("middle", 12, 4, {}, [4, 5, 6, 7]),
+        ("middle", 12, 5, {}, [3, 4, 5, 6, 7]),  # one more behind than before
+        ("last", 12, 4, {}, [8, 9, 10, 11]),
+        ("uniform", 12, 4, {}, [0, 3, 6, 9]),
+        ("uniform", 12, 5, {}, [0, 3, 6, 8, 11]),  # of 0, 2.75, 5.5, 8.25, 11: ties to even
+        ("uniform", 12, 12, {}, list(range(12))),
+        ("first", 6, 3, {"first_stays": True}, [0, 1, 2]),
+        ("middle", 6, 3, {"first_stays": True}, [0, 2, 3]),
+        ("last", 6, 3, {"first_stays": True}, [0, 4, 5]),
+        ("uniform", 6, 3, {"first_stays": True}, [0, 1, 5]),  # of the 5 others the first and the last
+        ("last", 6, 1, {"first_stays": True}, [0]),
+        ("first", 18, 6, {"turns": 2}, [0, 1, 2, 3, 4, 5]),
+        ("middle", 18, 6, {"turns": 2}, [6, 7, 8, 9, 10, 11]),
+        ("last", 18, 6, {"turns": 2}, [12, 13, 14, 15, 16, 17]),
+        ("uniform", 18, 6, {"turns": 2}, [0, 1, 6, 7, 12, 13]),
+        ("uniform", 6, 3, {"turns": 2}, [0, 1, 4]),  # the first and the last of 3 rounds; the second loses its end
+        ("last", 6, 3, {"turns": 2}, [2, 3, 4]),
+        ("last", 5, 3, {"turns": 2}, [2, 3, 4]),
+        ("last", 5, 4, {"turns": 2}, [0, 1, 2, 3]),
+        ("last", 2, 1, {"turns": 2}, [0]),
+    ],
+)
+def test_layers_are_those_worked_out_by_hand(rule, source, target, kinds, expected):
+    assert select_layers(rule, source, target, **kinds) == expected
+
+
+PROPERTY = settings(derandomize=True, database=None, deadline=None)
+RULES = st.sampled_from(["first", "middle", "last", "uniform"])
+
+
+@PROPERTY
+@given(RULES, st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(1, 2))
+def test_layers_ascend_and_keep_their_kind(rule, source, target, first_stays, turns):
+    if target > source:
+        with pytest.raises(ValueError, match=f"{target} of {source} layers"):
+            select_layers(rule, source, target, first_stays=first_stays, turns=turns)
+        return
+    layers = select_layers(rule, source, target, first_stays=first_stays, turns=1 if first_stays else turns)
+    assert layers == sorted(set(layers)) and len(layers) == target and layers[0] >= 0 and layers[-1] < source
+    if first_stays:
+        assert layers[0] == 0
+    else:
+        assert all(layer % turns == number % turns for number, layer in enumerate(layers))
+
+
+@pytest.mark.parametrize("rule", ["first", "middle", "last", "uniform"])
+def test_swin_layers_keep_their_windows_and_resnet_layers_their_place(rule):
+    choices = Choices(rule)
+    swin = plan_of(layout("swin_base_patch4_window7_224"), layout("swin_tiny_patch4_window7_224"), choices)
+    assert {name: group.size for name, group in swin.layers.items()} == {
+        "layers.0.blocks": 2, "layers.1.blocks": 2, "layers.2.blocks": 18, "layers.3.blocks": 2,
+    }  # fmt: skip
+    assert all(layer % 2 == number % 2 for number, layer in enumerate(swin.layers["layers.2.blocks"].kept))
+    resnet = plan_of(layout("resnet101"), layout("resnet50"), choices)
+    assert [len(group.kept) for group in resnet.layers.values()] == [3, 4, 6, 3]
+    assert resnet.layers["layer3"].size == 23 and all(group.kept[0] == 0 for group in resnet.layers.values())
+
+
+def test_tensors_come_from_the_layer_that_the_rule_names():
+    plan = plan_of(layout(VIT_B, depth=4), layout(VIT_T, depth=2), Choices("last"))
+    assert plan.sources["blocks.0.mlp.fc1.weight"].key == "blocks.2.mlp.fc1.weight"
+    assert plan.sources["blocks.1.norm1.bias"].key == "blocks.3.norm1.bias"
+
+
+# ---- slots ----
+
+
+@PROPERTY
+@given(
+    st.sampled_from(["uniform", "consecutive", "random", "random_inconsistent", "magnitude"]),
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.integers(0, 2**63 - 1),
+)
+def test_slots_ascend_in_range_or_are_refused(rule, source, target, seed):
+    score = np.random.default_rng(seed).integers(0, 4, source).astype(float)
+    if target > source:
+        with pytest.raises(ValueError, match=f"{target} of {source} slots"):
+            select_slots(rule, source, target, group="stream", seed=seed, score=score)
+        return
+    slots = select_slots(rule, source, target, group="stream", seed=seed, score=score)
+    assert slots == sorted(set(slots)) and len(slots) == target and slots[0] >= 0 and slots[-1] < source
+    assert slots == select_slots(rule, source, target, group="stream", seed=seed, score=score)
+    if rule == "magnitude" and target < source:
+        assert min(score[slots]) >= max(np.delete(score, slots))
+
+
+def test_consecutive_slots_are_the_first():
+    assert select_slots("consecutive", 7, 3, group="stream", seed=0, score=None) == [0, 1, 2]
+
+
+def test_magnitude_takes_the_earlier_of_equals():
+    assert select_slots("magnitude", 5, 3, group="stream", seed=0, score=np.array([1.0, 2, 3, 2, 2])) == [1, 2, 3]
+
+
+def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
+    weights = {
+        "blocks.0.mlp.fc1.weight": torch.tensor([[3.0, 4], [0, 0], [6, 8]]),  # rows: 5, 0, 10; columns: √45, √80
+        "blocks.0.mlp.fc1.bias": torch.tensor([1.0, -7, 0]),  # 1, 7, 0
+        "blocks.0.mlp.fc2.weight": torch.tensor([[0.0, 0, 0], [3, 0, -1]]),  # columns: 3, 0, 1; rows: 0, √10
+    }
+    teacher = vit_layout({key: tuple(value.shape) for key, value in weights.items()})
+    student = vit_layout({"blocks.0.mlp.fc1.weight": (2, 1), "blocks.0.mlp.fc1.bias": (2,), "blocks.0.mlp.fc2.weight": (1, 2)})  # fmt: skip
+    choices = Choices(element_selection="magnitude")
+    outline = match(FAMILIES["vit"], teacher[0], student[0], choices)
+    scores = magnitudes(weights, outline)
+    np.testing.assert_allclose(scores["blocks.0.mlp"], [9, 7, 11], rtol=1e-15)
+    np.testing.assert_allclose(scores["stream"], [45**0.5, 80**0.5 + 10**0.5], rtol=1e-15)
+    plan = choose(outline, choices, scores)
+    assert plan.groups["blocks.0.mlp"].kept == [0, 2] and plan.groups["stream"].kept == [1]
+    assert select(weights, plan)["blocks.0.mlp.fc2.weight"].tolist() == [[3, -1]]
+
+
+def test_magnitude_sums_over_the_blocks_of_a_fused_axis_and_over_heads():
+    weights = {"blocks.0.attn.qkv.bias": torch.arange(12.0)}  # q 0 1 2 3, k 4 5 6 7, v 8 9 10 11, two heads
+    shapes = {"blocks.0.attn.qkv.bias": (12,)}
+    teacher = Layout(shapes, {"blocks.0.attn.heads": 2}, frozenset(), None, {})
+    scores = {}
+    for heads in ("blend", "keep"):
+        choices = Choices(element_selection="magnitude", heads=heads)
+        scores |= magnitudes(weights, match(FAMILIES["vit"], teacher, teacher, choices))
+    slots = [0 + 16 + 64, 1 + 25 + 81, 4 + 36 + 100, 9 + 49 + 121]
+    np.testing.assert_allclose(scores["blocks.0.attn"], np.sqrt(slots), rtol=1e-15)
+    np.testing.assert_allclose(scores["blocks.0.attn.heads"], np.sqrt([slots[0] + slots[1], slots[2] + slots[3]]))
+    np.testing.assert_allclose(scores["blocks.0.attn.slots"], np.sqrt([slots[0] + slots[2], slots[1] + slots[3]]))
+
+
+def test_magnitude_counts_a_projection_with_the_layer_scale_folded_into_it():
+    weights = {"blocks.0.mlp.fc2.weight": torch.tensor([[1.0], [1]]), "blocks.0.ls2.gamma": torch.tensor([3.0, 5])}
+    teacher = vit_layout({key: tuple(value.shape) for key, value in weights.items()})
+    student = vit_layout({"blocks.0.mlp.fc2.weight": (1, 1)})
+    outline = match(FAMILIES["vit"], teacher[0], student[0], Choices())
+    assert magnitudes(weights, outline)["stream"].tolist() == [3, 5]
+
+
+def test_random_groups_differ_and_depend_on_name_and_seed_alone():
+    teacher, student = layout(VIT_B, depth=2), layout(VIT_T, depth=2)
+    first, again, other = (plan_of(teacher, student, Choices(element_selection="random", seed=s)) for s in (0, 0, 1))
+    assert first.groups == again.groups
+    assert all(first.groups[name].kept != other.groups[name].kept for name in first.groups)
+    assert first.groups["blocks.0.mlp"].kept != first.groups["blocks.1.mlp"].kept
+    assert first.groups["blocks.0.attn"].kept != first.groups["stream"].kept  # both 192 of 768
+    backwards = Layout(
+        dict(reversed(student[0].shapes.items())), student[0].counts, *list(vars(student[0]).values())[2:]
+    )
+    assert plan_of(teacher, (backwards, None), Choices(element_selection="random")).groups == first.groups
+
+
+def test_random_inconsistent_draws_for_each_axis_of_each_tensor():
+    plan = plan_of(layout(VIT_B, depth=2), layout(VIT_T, depth=2), Choices(element_selection="random_inconsistent"))
+    columns = [plan.indices(f"blocks.{i}.{key}.weight")[1] for i in (0, 1) for key in ("attn.qkv", "mlp.fc1")]
+    rows = [plan.indices(f"blocks.{i}.{key}")[0] for i in (0, 1) for key in ("norm1.weight", "norm1.bias")]
+    drawn = columns + rows
+    assert all(len(kept) == 192 for kept in drawn) and len({tuple(kept) for kept in drawn}) == 8
+    # a group lies on one axis of one tensor
+    axes = [(key, axis) for key, source in plan.sources.items() for axis in source.axes if axis]
+    assert len(axes) == len({axis for _, axis in axes}) == len(plan.groups)
