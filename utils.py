@@ -128,6 +128,8 @@ def run_script(main: Callable[[], object]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.unfreeze()  # some extensions count what is left at the end, and complain
     return 0
 
 

@@ -155,7 +155,7 @@ def test_user_error_is_one_line_and_exit_code_1(tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "weight_selection.py: error: none.pth does not exist\n"
+    assert result.stderr == "weight_selection.py: error: --pretrained_path none.pth does not exist\n"
 
 
 def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
