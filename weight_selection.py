@@ -80,14 +80,17 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
     weights = open_weights(path, model_key)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
-    problem = _difference(_shapes(weights), model)
-    if problem is None:
+    if _difference(weights.shapes, model) is None:
         return weights
     converted = _convert(weights, model, name, option)
-    problem = _difference({key: tuple(value.shape) for key, value in converted.items()}, model)
-    if problem:
-        raise UserError(f"{option} {problem}, but {name} does not; see --pretrained_kwargs")
+    difference = _difference(_shapes(converted), model)
+    if difference:
+        raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
     log.info("%s is read whole: timm converts its layout", path)
+    for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.keys():
+        had, has = weights.shapes[key], tuple(converted[key].shape)
+        if len(had) == len(has) and had != has:
+            log.warning("%s: timm made %s of %s %s: is it a file of %s?", path, list(has), key, list(had), name)
     return converted
 
 
@@ -112,14 +115,17 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> dict[st
 
 
 def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
-    """How a file's tensors differ from those of the model, the head apart: "has …"; None if they do not."""
+    """How a file's tensors differ from those of the model, the head apart, before the words "of MODEL"; None if not."""
     head = models.head_prefixes(model)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
+    if not expected.keys() & found.keys():
+        return f"has none of the tensors, but such as {next(iter(found))},"
     for key, shape in expected.items():
         if found.get(key) != shape:
-            return f"has {key} {list(found[key])}, not {list(shape)}" if key in found else f"has no {key}"
+            seen = f"has {key} {list(found[key])}" if key in found else f"has no {key}"
+            return f"{seen}, unlike the {list(shape)}"
     extra = sorted(key for key in found if key not in expected and not key.startswith(head))
-    return f"has {extra[0]}" if extra else None
+    return f"has {extra[0]}, which is no tensor" if extra else None
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -235,12 +241,19 @@ def main(argv: list[str] | None = None) -> Path | None:
     )
     for note, count in description["plan"]["notes"].items():
         log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
+    if options.heads and description["choices"]["heads"] is None:
+        log.warning("--heads %s has no effect: the family %s has none", options.heads, family)
+    if options.plan and options.output_dir:
+        log.warning("--output_dir has no effect with --plan: nothing is written there")
     if options.plot:
         draw(description, Path(options.plot))
     if options.plan:
         print(json_lines(description, levels=3))
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path.parent} cannot be made: {error.strerror}") from error
     sha256 = write_initialization(path, tensors, description)
     count = sum(tensor.numel() for tensor in tensors.values())
     print(
@@ -274,6 +287,8 @@ def _output_path(output_dir: str, family: str) -> Path:
     UserError, before the work is done, if it cannot be written there.
     """
     path = Path(output_dir)
+    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (*WEIGHT_SUFFIXES, ".bin", ".npz", ".json"):
+        raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
     if path.suffix not in WEIGHT_SUFFIXES:
         path = path / f"{family}.pth"
     elif path.is_dir():

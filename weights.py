@@ -149,8 +149,10 @@ def _some(keys: Mapping) -> str:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming the first tensor with a value that is not finite."""
+    """UserError naming the first tensor that does not hold finite floating point numbers; counts of batches may be whole."""
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{source}: {key} is of {str(tensor.dtype).removeprefix('torch.')}, not of floating point")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source}: {key} holds values that are not finite")
 

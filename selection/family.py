@@ -67,14 +67,14 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
     counts: dict[str, int]  # heads of each attention, groups of each convolution: no shape tells them
-    blocks: frozenset[str]  # the classes that the layers are of
+    kinds: dict[str, str]  # what it is made of, where names and shapes do not tell: layers, norms, activation, …
     grid: tuple[int, int] | None  # patches that the position embedding is for, rows and columns
     windows: dict[str, tuple[int, int]]  # side lengths in patches of the windows of each attention
 
     @classmethod
     def of(cls, model: nn.Module, family: Family, left_out: tuple[str, ...] = ()) -> "Layout":
         """The layout of a model of `family`, on any device, without the tensors whose names begin with `left_out`."""
-        counts, windows, blocks = {}, {}, set()
+        counts, windows = {}, {}
         for name, module in model.named_modules():
             if isinstance(getattr(module, "num_heads", None), int):
                 counts[f"{name}.heads"] = module.num_heads
@@ -82,11 +82,30 @@ class Layout:
                 counts[f"{name}.groups"] = module.groups
             if hasattr(module, "relative_position_bias_table"):
                 windows[name] = tuple(module.window_size)
-            if re.fullmatch(family.layers, f"{name}."):
-                blocks.add(type(module).__name__)
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(left_out)}
-        return cls(shapes, counts, frozenset(blocks), grid and tuple(grid), windows)
+        return cls(shapes, counts, kinds_of(model, family), grid and tuple(grid), windows)
+
+
+# kinds that have to agree, or the same weights compute something else; of the others a difference is said
+HAVE_TO_AGREE = ("layers", "norms", "rotary positions")
+_NORMS = ("RMSNorm", "SimpleNorm", "BatchNorm", "GroupNorm", "LayerNorm")
+
+
+def kinds_of(model: nn.Module, family: Family) -> dict[str, str]:
+    """What a model is made of, where neither names nor shapes of its tensors tell; "none" for what it has none of."""
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    found = {
+        "layers": {kind for name, kind in classes.items() if re.fullmatch(family.layers, f"{name}.")},
+        "norms": {norm for norm in _NORMS for kind in classes.values() if norm.lower() in kind.lower()},
+        "activation": {kind for name, kind in classes.items() if re.fullmatch(r"(.+\.)?act\d?", name)} - {"Identity"},
+    }
+    rope = getattr(model, "rope", None)
+    if rope is not None:
+        halves = any(getattr(module, "rotate_half", False) for module in model.modules())
+        found["rotary positions"] = {f"{type(rope).__name__} of {'halves' if halves else 'pairs'}"}
+    found["pooling"] = {str(getattr(model, "global_pool", "") or "none")}
+    return {name: " and ".join(sorted(kinds)) or "none" for name, kinds in found.items()}
 
 
 def packed(shapes: Shapes, projection: str, back: str) -> str:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from selection.family import Family, Layout, Refused
+from selection.family import HAVE_TO_AGREE, Family, Layout, Refused
 from selection.plan import Axis, Group, Outline, Source
 from selection.positions import TOKENS, position_steps, sides, token_rows
 from selection.rules import Choices, select_layers
@@ -20,11 +20,9 @@ class _Matching:
 
     def __init__(self, family: Family, teacher: Layout, student: Layout, choices: Choices):
         self.family, self.teacher, self.student, self.choices = family, teacher, student, choices
-        if teacher.blocks != student.blocks:
-            classes = [" and ".join(sorted(layout.blocks)) for layout in (teacher, student)]
-            raise Refused(
-                "other layers", f"the teacher's layers are of the class {classes[0]}, the student's {classes[1]}"
-            )
+        self.head_is_taken = any(re.match(r"(head|fc)\.", key) for key in student.shapes)
+        self.notes: dict[str, int] = {}
+        self._check_kinds()
         self.table = family.axes(student.shapes)
         self._check_gates(family.axes(teacher.shapes))
         self.whole_heads = any(".heads*-" in words for words in self.table.values())
@@ -38,7 +36,6 @@ class _Matching:
         self.layers = self._match_layers()
         self.sizes: dict[str, tuple[int, int]] = {}
         self.shared: dict[str, tuple[int, int]] = {}  # the same, of groups that lie on several tensors
-        self.notes: dict[str, int] = {}
         self.folds = self._folds()
         if self.whole_heads and choices.heads is None:
             self._note("heads are kept whole: slots of different heads cannot be mixed here")
@@ -46,10 +43,22 @@ class _Matching:
     def outline(self) -> Outline:
         sources = {key: self._source(key, shape) for key, shape in self.student.shapes.items()}
         self._check_leftovers(sources)
-        return Outline(sources, self.sizes, self.layers, "blend" if self.blend else "keep", self.notes)
+        heads = ("blend" if self.blend else "keep") if any(".heads" in words for words in self.table.values()) else None
+        return Outline(sources, self.sizes, self.layers, heads, self.notes)
 
     def _note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
+
+    def _check_kinds(self) -> None:
+        """Refused if the two are made of other layers, norms or rotations; another activation or pooling is noted."""
+        for kind in self.teacher.kinds | self.student.kinds:
+            there, here = (layout.kinds.get(kind, "none") for layout in (self.teacher, self.student))
+            if there == here:
+                continue
+            if kind in HAVE_TO_AGREE:
+                raise Refused("other layers", f"{kind}: the teacher's are {there}, the student's {here}")
+            if kind != "pooling" or self.head_is_taken:
+                self._note(f"{kind}: the teacher's is {there}, the student's {here}")
 
     def _check_gates(self, table: Mapping[str, str]) -> None:
         """Refused if an MLP has a gate, packed into its first projection, on one side only."""
@@ -268,7 +277,7 @@ class _Matching:
     def _check_leftovers(self, sources: Mapping[str, Source]) -> None:
         """Refused if a layer that is taken has a tensor that nobody takes: dropping it would change the layer."""
         taken = {source.key for source in sources.values()}
-        taken |= {step[1] for source in sources.values() for step in source.steps if step[0] in ("times", "plus")}
+        taken |= {step[1] for source in sources.values() for step in source.steps if step[0] == "times"}
         kept = {stage: group.kept for stage, group in self.layers.items()}
         for key, shape in self.teacher.shapes.items():
             layer = re.match(self.family.layers, key)

@@ -42,7 +42,7 @@ class Outline:
     sources: dict[str, Source]
     sizes: dict[str, tuple[int, int]]
     layers: dict[str, Group]
-    heads: str  # "blend" or "keep"
+    heads: str | None  # "blend" or "keep"; None where there are none
     notes: dict[str, int]  # what is not a plain copy of slots, with the number of tensors
 
 
@@ -53,7 +53,7 @@ class Plan:
     groups: dict[str, Group]
     sources: dict[str, Source]
     layers: dict[str, Group]
-    heads: str
+    heads: str | None
     notes: dict[str, int]
 
     def indices(self, student_key: str) -> list[list[int] | None]:

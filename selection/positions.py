@@ -36,6 +36,10 @@ def position_steps(teacher: Layout, student: Layout) -> tuple[list[tuple], list[
             "positions",
             f"pos_embed has {lengths[0]} rows in the teacher, {lengths[1]} in the student, of no known grid",
         )
+    if 0 in student.grid:
+        raise Refused(
+            "positions", f"the student's images have {sides(student.grid)} patches: they are smaller than a patch"
+        )
     old, new = token_rows(teacher), token_rows(student)
     if (old, teacher.grid) == (new, student.grid):
         return [], []

@@ -1,6 +1,7 @@
 """The copying: slots of the teacher's tensors become the student's, as planned; and the scores that rank slots."""
 
 import math
+import warnings
 import zlib
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from torch import Tensor
 
 from selection.plan import Outline, Plan
-from utils import Stream, derive_seed
+from utils import Stream, UserError, derive_seed
 
 
 def select(teacher: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -85,7 +86,8 @@ def _window(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, old:
     """A table of relative positions [places, heads] for windows of `new` patches."""
     shape = (math.prod(2 * side - 1 for side in new), tensor.shape[1])
     known = {} if old[0] == old[1] else {"old_window_size": old}  # for square ones older versions do without
-    return resize_rel_pos_bias_table(tensor, new, shape, **known)
+    with warnings.catch_warnings(action="ignore"):  # of torch, on how timm calls it
+        return resize_rel_pos_bias_table(tensor, new, shape, **known)
 
 
 def _reshape(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, shape: list) -> Tensor:
@@ -140,4 +142,6 @@ def magnitudes(teacher: Mapping[str, Tensor], outline: Outline) -> dict[str, np.
             if isinstance(name, str):
                 others = [axis for axis in range(len(names)) if axis != place]
                 scores[name] += (squares.sum(others) if others else squares).sqrt().numpy()
+        if not squares.isfinite().all():
+            raise UserError(f"{source.key} of the teacher holds values that are not finite")
     return scores

@@ -102,7 +102,7 @@ def layout(name: str, *, device: str = "meta", **kwargs) -> tuple[Layout, Family
 
 def vit_layout(shapes: dict, grid: tuple[int, int] | None = None) -> tuple[Layout, Family]:
     """The layout of a ViT that consists of tensors of these shapes."""
-    return Layout(shapes, {}, frozenset(), grid, {}), FAMILIES["vit"]
+    return Layout(shapes, {}, {}, grid, {}), FAMILIES["vit"]
 
 
 def plan_of(teacher: tuple[Layout, Family], student: tuple[Layout, Family], choices: Choices | None = None) -> Plan:

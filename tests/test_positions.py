@@ -121,7 +121,7 @@ def test_patches_are_resampled_by_timms_function():
 def test_relative_positions_follow_their_heads_to_other_windows():
     key = "layers.0.blocks.0.attn.relative_position_bias_table"
     teacher, student = (
-        (Layout({key: (places, heads)}, {"layers.0.blocks.0.attn.heads": heads}, frozenset(), None,
+        (Layout({key: (places, heads)}, {"layers.0.blocks.0.attn.heads": heads}, {}, None,
                 {"layers.0.blocks.0.attn": window}), FAMILIES["swin"])
         for places, heads, window in ((9, 4, (2, 2)), (25, 2, (3, 3)))
     )  # fmt: skip

@@ -140,7 +140,7 @@ def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
 def test_magnitude_sums_over_the_blocks_of_a_fused_axis_and_over_heads():
     weights = {"blocks.0.attn.qkv.bias": torch.arange(12.0)}  # q 0 1 2 3, k 4 5 6 7, v 8 9 10 11, two heads
     shapes = {"blocks.0.attn.qkv.bias": (12,)}
-    teacher = Layout(shapes, {"blocks.0.attn.heads": 2}, frozenset(), None, {})
+    teacher = Layout(shapes, {"blocks.0.attn.heads": 2}, {}, None, {})
     scores = {}
     for heads in ("blend", "keep"):
         choices = Choices(element_selection="magnitude", heads=heads)

@@ -63,7 +63,7 @@ PUBLISHED = Choices()
 
 def plan_of(teacher, student, choices=PUBLISHED):
     """The plan of a ViT with these tensors, by name, from one with those."""
-    layouts = (Layout(shapes, {}, frozenset(), None, {}) for shapes in (teacher, student))
+    layouts = (Layout(shapes, {}, {}, None, {}) for shapes in (teacher, student))
     return choose(match(FAMILIES["vit"], *layouts, choices), choices)
 
 
