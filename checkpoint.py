@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import check_fit
-from options import FREE_ON_RESUME
+from options import FREE_ON_RESUME, training_defaults
 from utils import UserError, write_atomically
 from weights import read_file
 
@@ -96,7 +96,7 @@ def check_same_settings(path: Path, saved: dict, options: dict, processes: int, 
     Another number of processes is none of it where `--update_freq` keeps the total batch: the same images make the
     same updates, shared out differently.
     """
-    then, freely = saved["options"], {"update_freq": None}
+    then, freely = training_defaults() | saved["options"], {"update_freq": None}  # older ones lack newer options
     differences = differing(then | freely, options | freely)
     if then["update_freq"] * saved["processes"] != options["update_freq"] * processes:
         was, now = f"{saved['processes']} x {then['update_freq']}", f"{processes} x {options['update_freq']}"

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -66,13 +66,17 @@ class Images:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.read(index, lambda image: image.convert("RGB"))
+
+    def read(self, index: int, decode: Callable) -> tuple:
+        """(what `decode` makes of the PIL image, which is opened and not decoded yet, class index); raises BadImage."""
         position = int(self._indices[index])
         try:
             if self._paths is None:
-                image = self._source[position][0].convert("RGB")
+                image = decode(self._source[position][0])
             else:
                 with Image.open(os.fsdecode(self._paths[position])) as file:
-                    image = file.convert("RGB")
+                    image = decode(file)
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadImage(f"cannot read {self.describe(index)} ({reason})") from error

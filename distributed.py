@@ -27,6 +27,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def node_leader() -> int:
+    """The rank of the first process on this process's node."""
+    return rank() - int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `--device` names ("auto": cuda, else mps, else cpu); on cuda, this process's own GPU.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import rank, share_buffers, world_size
-from metrics import DeviceSums, count_in_top
+from loader import ahead
+from metrics import DeviceSums, Speed, count_in_top
 from optim_factory import set_schedules
 from utils import Stream, UserError, derive_seed
 
@@ -87,6 +87,7 @@ class Trainer:
     seed: int = 0
     log_freq: int = 10
     channels_last: bool = False
+    compiles: bool = False  # the next update compiles the model, which is reported and not counted into the speed
     skips_in_a_row: Tensor = field(init=False)  # [] updates that were not applied, up to now
 
     def __post_init__(self):
@@ -104,9 +105,8 @@ class Trainer:
         return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict()}
 
 
-def to_device(images: Tensor, targets: Tensor, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    return images.to(device, non_blocking=True, memory_format=layout), targets.to(device, non_blocking=True)
+def layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def train_one_epoch(
@@ -120,33 +120,36 @@ def train_one_epoch(
     on all ranks.
     """
     trainer.model.train()
-    source, device = iter(batches), trainer.precision.device
+    device = trainer.precision.device
+    source = ahead(batches, device)
     sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad"), device)
     longest = torch.zeros((), device=device)
-    totals, window_start, window_images, images = dict.fromkeys(sums.names, 0.0), time.monotonic(), 0, 0
+    totals, speed, compile_seconds = dict.fromkeys(sums.names, 0.0), Speed(world_size()), {}
     for step in range(first_step, first_step + steps):
         set_schedules(trainer.optimizer, trainer.lr[step], trainer.weight_decay[step])
-        loss, correct, batch_images = _accumulate_gradients(trainer, source, step)
+        loss, correct, images = _accumulate_gradients(trainer, source, step)
         grad_norm = _update(trainer)
         bad_grad = ~grad_norm.isfinite()
         trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
         longest = torch.maximum(longest, trainer.skips_in_a_row)
         sums.add(loss, correct, torch.where(bad_grad, 0.0, grad_norm), ~loss.isfinite(), bad_grad)
-        images, window_images = images + batch_images, window_images + batch_images
+        speed.add(images)
+        if trainer.compiles:
+            trainer.compiles = False
+            loss.item()  # until the device is done
+            compile_seconds = {"compile_seconds": speed.restart()}
+            log.info("compiled: %.0f s for the first update", compile_seconds["compile_seconds"])
         done = step + 1 - first_step
         if done % trainer.log_freq == 0 or done == steps:
             window = sums.read()
             _stop_if_not_finite(trainer, window, longest, epoch, step)
             totals = {name: totals[name] + window[name] for name in totals}
-            rate = window_images * world_size() / (time.monotonic() - window_start)
             window_steps = (done - 1) % trainer.log_freq + 1
-            report(
-                step, float(trainer.lr[step]), _means(window, window_steps, window_images, trainer.mixer is None), rate
-            )
-            window_start, window_images = time.monotonic(), 0
-    return _means(totals, steps, images, trainer.mixer is None) | _schedule_means(
-        trainer, slice(first_step, first_step + steps)
-    )
+            means = _means(window, window_steps, window_steps * images, trainer.mixer is None)
+            report(step, float(trainer.lr[step]), means, speed.read())
+    means = _means(totals, steps, steps * images, trainer.mixer is None)
+    schedules = _schedule_means(trainer, slice(first_step, first_step + steps))
+    return means | schedules | {"images_per_second": speed.in_all()} | compile_seconds
 
 
 def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tuple[Tensor, Tensor, int]:
@@ -156,7 +159,8 @@ def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tupl
     """
     precision, losses, correct, images_seen = trainer.precision, [], [], 0
     for micro_step in range(trainer.update_freq):
-        images, targets = to_device(*next(source), precision.device, trainer.channels_last)
+        images, targets = next(source)
+        images = images.contiguous(memory_format=layout(trainer.channels_last))
         chunk = micro_step * world_size() + rank()
         labels = targets
         if trainer.mixer is not None:
@@ -246,8 +250,8 @@ def evaluate(
         share_buffers(model)  # batch norm's statistics differ between ranks, which have to measure one model
     model.eval()
     sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
-    for images, targets in batches:
-        images, targets = to_device(images, targets, precision.device, channels_last)
+    for images, targets in ahead(batches, precision.device):
+        images = images.contiguous(memory_format=layout(channels_last))
         with precision.autocast():
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

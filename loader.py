@@ -3,7 +3,7 @@
 import functools
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -56,13 +56,18 @@ def train_transform(
 def eval_transform(
     input_size: int, mean: Sequence[float], std: Sequence[float], *, crop_pct: float | None = None
 ) -> transforms.Compose:
-    """The short side to input_size / crop_pct (224 / 256), centre crop; up to 32 and from 384 px the whole image."""
-    steps = [_resize(input_size)]
-    if 32 < input_size < 384:
-        short_side = int(input_size / (crop_pct or 224 / 256))
-        bicubic = transforms.Resize(short_side, interpolation=transforms.InterpolationMode.BICUBIC)
-        steps = [bicubic, transforms.CenterCrop(input_size)]
+    """The evaluation transform, PIL image to float [3, S, S]: `eval_crop`, then normalization."""
+    steps = eval_crop(input_size, crop_pct).transforms
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def eval_crop(input_size: int, crop_pct: float | None = None) -> transforms.Compose:
+    """The short side to input_size / crop_pct (224 / 256), centre crop; up to 32 and from 384 px the whole image."""
+    if not 32 < input_size < 384:
+        return transforms.Compose([_resize(input_size)])
+    short_side = int(input_size / (crop_pct or 224 / 256))
+    bicubic = transforms.Resize(short_side, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([bicubic, transforms.CenterCrop(input_size)])
 
 
 def _resize(size: int) -> transforms.Resize:
@@ -186,6 +191,30 @@ def make_loader(
     # without its own generator every pass over it draws from the one that the model draws from
     common = {"num_workers": num_workers, "worker_init_fn": _start_worker, "generator": torch.Generator()}
     return DataLoader(dataset, pin_memory=pin_memory, **common, **order)
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: memory that was freed is kept for the stream it was used on
+
+
+def ahead(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches on `device`; on cuda each is copied, from pinned memory, while the one before it is in use."""
+    if device.type != "cuda":
+        yield from (tuple(part.to(device) for part in batch) for batch in batches)
+        return
+    copying, ready = _copying_stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            following = tuple(part.to(device, non_blocking=True) for part in batch)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(copying)
+        for part in following:
+            part.record_stream(torch.cuda.current_stream(device))  # or its memory could be given away while in use
+        ready = following
+    if ready is not None:
+        yield ready
 
 
 def _start_worker(_: int) -> None:

@@ -19,10 +19,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import datasets
 import distributed
+import feed
 import loader
 from checkpoint import (
     BEST_CHECKPOINTS,
@@ -85,9 +85,8 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     }
     if saved:
         check_same_data(path, saved, data)
-    workers = {"num_workers": options.num_workers, "pin_memory": options.pin_mem and device.type == "cuda"}
-    train_loader = make_train_loader(options, train_images, workers) if train_images else None
-    val_loader = make_val_loader(options, val_images, workers) if val_images else None
+    train_loader = make_train_loader(options, train_images, device) if train_images else None
+    val_loader = make_val_loader(options, val_images, device) if val_images else None
 
     seed_all(options.seed)
     shape = pick(options, "input_size drop_path layer_scale_init_value head_init_scale model_kwargs")
@@ -98,7 +97,7 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     if saved:
         restore_weights(path, saved, model, ema and ema.module)
     if options.compile:
-        model.compile()  # in place: the names of the weights stay
+        model.compile(mode=options.compile_mode)  # in place: the names of the weights stay
     if options.eval:
         if not (saved or source):
             log.warning(
@@ -181,31 +180,34 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
     return train_images, val_images, num_classes
 
 
-def make_train_loader(options: argparse.Namespace, images: datasets.Images, workers: dict) -> DataLoader:
+def make_train_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
     """Augmented batches of this rank, in an order derived from the seed."""
     world = distributed.world_size()
     loader.check_batches(len(images), options.batch_size, options.update_freq, world)
-    augmentation = pick(options, "hflip color_jitter aa train_interpolation reprob remode recount")
-    transform = loader.train_transform(options.input_size, *mean_and_std(options), **augmentation)
-    batches = loader.TrainBatches(
+    order = loader.TrainBatches(
         len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
     )
-    dataset = loader.TransformedImages(images, transform, options.seed)
-    return loader.make_loader(dataset, batch_sampler=batches, **workers)
-
-
-def make_val_loader(options: argparse.Namespace, images: datasets.Images, workers: dict) -> DataLoader:
-    """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
-    dataset = loader.TransformedImages(
-        images, loader.eval_transform(options.input_size, *mean_and_std(options), crop_pct=options.crop_pct)
+    return feed.train_batches(
+        images,
+        order,
+        augmentation=pick(options, "hflip color_jitter aa train_interpolation reprob remode recount"),
+        **pick(options, "augment cache_size seed"),
+        **data_way(options, device),
     )
+
+
+def make_val_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
+    """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
     share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
-    batch_size = int(1.5 * options.batch_size)
-    return loader.make_loader(dataset, batch_size=batch_size, indices=loader.shard(len(images), *share), **workers)
+    indices, batch_size = loader.shard(len(images), *share), int(1.5 * options.batch_size)
+    return feed.eval_batches(images, indices, batch_size, crop_pct=options.crop_pct, **data_way(options, device))
 
 
-def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return loader.mean_and_std(options.imagenet_default_mean_and_std)
+def data_way(options: argparse.Namespace, device: torch.device) -> dict:
+    """What training and evaluation batches have in common."""
+    mean, std = loader.mean_and_std(options.imagenet_default_mean_and_std)
+    workers = {"num_workers": options.num_workers, "pin_memory": options.pin_mem and device.type == "cuda"}
+    return {"mean": mean, "std": std, "device": device, "workers": workers, **pick(options, "cache input_size")}
 
 
 def pick(options: argparse.Namespace, names: str) -> dict:
@@ -275,6 +277,7 @@ def make_trainer(
         weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
         mixer=loader.build_mixer(num_classes=num_classes, **mixing_options),
         ema=ema,
+        compiles=options.compile,
         **pick(options, "update_freq clip_grad seed log_freq channels_last"),
     )
 
@@ -310,8 +313,8 @@ def train(
     options: argparse.Namespace,
     output_dir: Path | None,
     trainer: Trainer,
-    train_loader: DataLoader,
-    val_loader: DataLoader | None,
+    train_loader,
+    val_loader,
     first_epoch: int,
     best: dict[str, float],
     origin: dict,
@@ -341,7 +344,6 @@ def train(
                 trainer, train_loader, epoch=epoch, first_step=epoch * steps, steps=steps, report=reporter.window
             )
             record = {f"train_{name}": value for name, value in means.items()}
-            record["train_images_per_second"] = steps * total_batch / (time.monotonic() - start)
             if val_loader:
                 record |= evaluate_all(options, trainer.bare_model, trainer.ema, val_loader, trainer.precision)
             record |= {"epoch": epoch, "step": (epoch + 1) * steps, "n_parameters": n_parameters}

@@ -51,6 +51,34 @@ def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Ten
     return [hits[:, :k].sum() for k in ks]
 
 
+class Speed:
+    """Images a second over all ranks, that each add the same numbers: since the last reading, and in all."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+        self.restart()
+
+    def add(self, images: int) -> None:
+        self.images, self.recent = self.images + images, self.recent + images
+
+    def restart(self) -> float:
+        """Forget all up to now; returns the seconds since the last reading."""
+        now = time.monotonic()
+        seconds = now - getattr(self, "since", now)
+        self.start, self.since, self.images, self.recent = now, now, 0, 0
+        return seconds
+
+    def read(self) -> float:
+        """Since the last reading."""
+        now = time.monotonic()
+        rate = self.recent * self.ranks / max(now - self.since, 1e-9)
+        self.since, self.recent = now, 0
+        return rate
+
+    def in_all(self) -> float:
+        return self.images * self.ranks / max(time.monotonic() - self.start, 1e-9)
+
+
 class EpochLog:
     """log.txt: one JSON object an epoch, each epoch once."""
 

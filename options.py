@@ -135,6 +135,11 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def training_defaults() -> dict:
+    """The value of each option of main.py that is not given."""
+    return vars(_training_parser().parse_args([]))
+
+
 def without_effect(options: argparse.Namespace) -> list[str]:
     """The options of the original that were given and that this version accepts only for its old command lines."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
@@ -171,6 +176,11 @@ def _first_conflict(options: argparse.Namespace) -> str | None:
          f"--resume {o.resume}: a URL has to be https://…#sha256=<64 hex digits>"),
         (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
          f"--initialize {o.initialize}: a URL has to be https://…#sha256=<64 hex digits>"),
+        (o.compile_mode == "default" or o.update_freq == 1, f"--compile_mode {o.compile_mode} replays CUDA graphs, which overwrite "
+         "accumulated gradients: it needs --update_freq 1"),
+        (o.compile or o.compile_mode == "default", f"--compile_mode {o.compile_mode} needs --compile"),
+        (o.cache != "none" or o.cache_size is None, f"--cache_size {o.cache_size} is for --cache ram or device"),
+        (o.cache != "device" or o.augment == "device", "--cache device needs --augment device: timm's transforms take images on the host"),
         (o.start_epoch < o.epochs or o.eval, f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
     ]  # fmt: skip
     return next((message for holds, message in checks if not holds), None)
@@ -209,7 +219,14 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--num_workers", default=10, type=count, help="processes that load images, for each training process")
     add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
 
+    add("--cache", default="none", choices=("none", "ram", "device"), help="decode all images once and keep them in "
+        "memory that the processes of a node share, or on the training device")  # fmt: skip
+    add("--cache_size", type=positive, metavar="PIXELS", help="short side of the cached images, if theirs is longer; "
+        "with --cache device both sides (default: as stored)")  # fmt: skip
+
     add = parser.add_argument_group("augmentation").add_argument
+    add("--augment", default="timm", choices=("timm", "device"), help="image by image in workers, as the paper's code "
+        "does, or in batches where training happens, distributed alike")  # fmt: skip
     add("--hflip", type=share, default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
     add("--color_jitter", type=float, default=0.4, help="strength, where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy; none for none")
@@ -263,6 +280,8 @@ def _training_parser() -> argparse.ArgumentParser:
         help="(default: float16 on cuda, with loss scaling; else bfloat16)",
     )
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile the model")
+    add("--compile_mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of "
+        "torch.compile; reduce-overhead replays CUDA graphs, for small batches")  # fmt: skip
     add(
         "--channels_last",
         type=boolean,

@@ -33,6 +33,8 @@ class Stream(enum.IntEnum):
     SPLIT = 105  # of the data sets that have none
     MODEL = 106  # dropout and drop path, by step and chunk
     SLOTS = 107  # of an axis group, and tokens that a student begins with, by name
+    AUGMENT = 108  # augmentation on the device, by epoch, then by index
+    NOISE = 109  # what random erasing puts there on the device, by step and chunk
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:

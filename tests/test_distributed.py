@@ -203,3 +203,18 @@ def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeyp
         script.UserError, match=r"different checkpoints \(none, epoch 3\): all nodes have to share --output_dir"
     ):
         script.main(tiny_run())
+
+
+def test_two_processes_share_a_cache_and_make_the_updates_of_one(two_process_run, tmp_path):
+    _, argv, _ = two_process_run
+    more = [*argv, "--augment", "device", "--cache", "ram", "--reprob", "0"]  # the noise of erasing is drawn by chunk
+    result = launch("run", [*more, "--output_dir", str(tmp_path / "two")])
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("40 images decoded") == 1
+    script.main([*more, "--update_freq", "2", "--output_dir", str(tmp_path / "one")])
+    two, one = final(tmp_path / "two"), final(tmp_path / "one")
+    for key in two["model"]:
+        torch.testing.assert_close(two["model"][key], one["model"][key], rtol=0, atol=2e-4)
+    assert read_log(tmp_path / "two")[-1]["test_loss"] == pytest.approx(
+        read_log(tmp_path / "one")[-1]["test_loss"], rel=1e-3
+    )

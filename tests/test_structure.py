@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 # a module imports only from lines above its own
 LINES = [
     ["utils", "options"],
-    ["distributed", "models", "optim_factory", "datasets", "weights"],
-    ["metrics", "loader", "checkpoint", "selection"],
+    ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops"],
+    ["metrics", "loader", "augment", "cache", "checkpoint", "selection"],
+    ["feed"],
     ["engine"],
     ["main", "weight_selection", "compare"],
 ]
