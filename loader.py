@@ -1,6 +1,7 @@
 """From images to batches: per-image transforms, the order of an epoch, each rank's share, mixup."""
 
 import functools
+import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -182,14 +183,21 @@ def shard(num_images: int, rank: int, world_size: int) -> range:
 
 def make_loader(
     dataset: Dataset, *, batch_sampler: TrainBatches | None = None, batch_size: int | None = None,
-    indices: Sequence[int] | None = None, num_workers: int, pin_memory: bool
+    indices: Sequence[int] | None = None, num_workers: int, pin_memory: bool, yielding: bool = False
 ) -> DataLoader:  # fmt: skip
-    """Batches (images [batch, 3, S, S], targets [batch] int64) in the order of `batch_sampler` or of `indices`."""
+    """Batches (images [batch, 3, S, S], targets [batch] int64) in the order of `batch_sampler` or of `indices`.
+
+    `yielding` workers run when the training leaves a core idle: for training on these same cores.
+    """
     order = {"sampler": range(len(dataset)) if indices is None else indices, "batch_size": batch_size}
     if batch_sampler is not None:
         order = {"batch_sampler": batch_sampler, "persistent_workers": num_workers > 0}
     # without its own generator every pass over it draws from the one that the model draws from
-    common = {"num_workers": num_workers, "worker_init_fn": _start_worker, "generator": torch.Generator()}
+    common = {
+        "num_workers": num_workers,
+        "worker_init_fn": functools.partial(_start_worker, yielding),
+        "generator": torch.Generator(),
+    }
     return DataLoader(dataset, pin_memory=pin_memory, **common, **order)
 
 
@@ -217,9 +225,11 @@ def ahead(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Ite
         yield ready
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(yielding: bool, _: int) -> None:
     # a forked worker inherits the script's own Ctrl-C handler and would go on; torch ends a worker on this one
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if yielding:
+        os.nice(19)
 
 
 class Mixer:

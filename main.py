@@ -206,7 +206,11 @@ def make_val_loader(options: argparse.Namespace, images: datasets.Images, device
 def data_way(options: argparse.Namespace, device: torch.device) -> dict:
     """What training and evaluation batches have in common."""
     mean, std = loader.mean_and_std(options.imagenet_default_mean_and_std)
-    workers = {"num_workers": options.num_workers, "pin_memory": options.pin_mem and device.type == "cuda"}
+    workers = {
+        "num_workers": options.num_workers,
+        "pin_memory": options.pin_mem and device.type == "cuda",
+        "yielding": device.type == "cpu",
+    }
     return {"mean": mean, "std": std, "device": device, "workers": workers, **pick(options, "cache input_size")}
 
 
