@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,37 @@ def test_anything_but_a_refusal_ends_the_count(monkeypatch):
     monkeypatch.setattr(pairs, "match", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="neither planned nor refused"):
         pairs.main(["--families", "mixer"])
+
+
+def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
+    throughput = bench("throughput")
+    result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "4", "--device", "cpu",
+        "--num_workers", "1", "--rounds", "2", "--seconds", "0.01", "--warmup", "1", "--out", str(tmp_path / "cpu")])  # fmt: skip
+    assert json.loads((tmp_path / "cpu.json").read_text()) == result
+    rates = result["results"][0]["images_per_second"]
+    assert len(rates) == 2 + 2 * len(throughput.WAYS) + 2
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    printed = capsys.readouterr().out
+    a, c = (sorted(rates[name])[0] + sorted(rates[name])[1] for name in ("a: bare step", "c: training, timm"))
+    row = next(line for line in printed.splitlines() if line.startswith("| c: training, timm |"))
+    assert float(re.split(r" *\| *", row)[3]) == pytest.approx(c / a, abs=1e-3)
+
+
+def test_flops_of_a_convnext_count_each_group_once():
+    throughput = bench("throughput")
+    options = throughput.argparse.Namespace(device="cpu", input_size=224, compile=False)
+    images = throughput.argparse.Namespace(classes=1000)
+    # 0.78 G multiply-adds forward (Liu et al. and timm's table), 2 operations each, thrice
+    assert throughput.Bench("convnext_femto", 2, images, options).flops == pytest.approx(6 * 0.785e9, rel=0.02)
+
+
+def test_flops_of_a_vit_are_those_of_its_matrices():
+    throughput = bench("throughput")
+    options = throughput.argparse.Namespace(device="cpu", input_size=32, compile=False)
+    images = throughput.argparse.Namespace(classes=10)
+    # 2 multiply-adds a weight and token, forward and twice backward, but no gradient of the image; 4 + 1 tokens
+    tokens, width, hidden, layers = 5, 192, 768, 12
+    layer = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
+    forward = 2 * (4 * 3 * 16 * 16 * width + layers * layer + 10 * width)
+    found = throughput.Bench("vit_tiny", 2, images, options).flops
+    assert found == pytest.approx(3 * forward - 2 * 4 * 3 * 16 * 16 * width, rel=0.02)
