@@ -160,7 +160,7 @@ def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
         here, there = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
         if not here.exists() and there.exists() and read_checkpoint(there)["epoch"] <= saved["epoch"]:
             content = there.read_bytes()
-            write_atomically(here, lambda file, content=content: file.write(content))
+            write_atomically(here, content)
         if here.exists():
             best[metric] = value
     return best

@@ -300,7 +300,7 @@ def write_config(output_dir: Path, options: argparse.Namespace, source: dict | N
         "revision": revision(),
     }
     text = json.dumps(content, indent=1) + "\n"
-    write_atomically(output_dir / "config.json", lambda file: file.write(text.encode()))
+    write_atomically(output_dir / "config.json", text.encode())
 
 
 def make_writers(options: argparse.Namespace, output_dir: Path | None, first_step: int) -> list:

@@ -55,7 +55,7 @@ class Speed:
     """Images a second over all ranks, that each add the same numbers: since the last reading, and in all."""
 
     def __init__(self, ranks: int):
-        self.ranks = ranks
+        self.ranks, self.since = ranks, time.monotonic()
         self.restart()
 
     def add(self, images: int) -> None:
@@ -63,10 +63,9 @@ class Speed:
 
     def restart(self) -> float:
         """Forget all up to now; returns the seconds since the last reading."""
-        now = time.monotonic()
-        seconds = now - getattr(self, "since", now)
+        now, last = time.monotonic(), self.since
         self.start, self.since, self.images, self.recent = now, now, 0, 0
-        return seconds
+        return now - last
 
     def read(self) -> float:
         """Since the last reading."""
@@ -90,7 +89,7 @@ class EpochLog:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         kept = [line for line in lines if first_epoch > _epoch_in(line) >= 0]
-        write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
     def append(self, record: dict) -> None:
         """Add an epoch; numbers that JSON has no word for (nan, inf) become null."""

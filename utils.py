@@ -68,12 +68,12 @@ def json_lines(value: object, levels: int) -> str:
     return "{\n" + textwrap.indent(",\n".join(entries), " ") + "\n}"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place: `path` is the old or the new file."""
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Put `content`, or what it writes when it is called with a file, at `path`, which is the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -30,11 +30,11 @@ from selection.hub import pretrained_file
 from selection.match import match
 from selection.picture import check_plot, draw
 from selection.plan import Plan, choose
-from selection.read import open_weights
+from selection.read import Weights, open_weights
 from selection.rules import Choices
 from selection.tensors import magnitudes, select
 from utils import UserError, first_line, json_lines, run_script, start_logging
-from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, write_initialization
+from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, shapes_of, write_initialization
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ CONVERTERS = {
 # ---- the teacher's weights ----
 
 
-def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, model_key: str) -> Mapping[str, Tensor]:
+def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, model_key: str) -> Weights:
     """The teacher's weights by timm's names, from `path`, else from the file that timm knows by `name`.
 
     Each tensor is read when it is asked for, if the file is laid out as timm does it. `model` is the teacher, on any
@@ -76,48 +76,47 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
         path = pretrained_file(model, name)
         option = f"--pretrained_model {name}: its file {path}"
     if str(path).endswith(".npz"):
-        return _read_npz(path, name, kwargs, option)
-    weights = open_weights(path, model_key)
+        weights = _read_npz(path, name, kwargs, option)
+    else:
+        weights = open_weights(path, model_key)
+        if _difference(weights.shapes, model) is not None:
+            weights = _converted(weights, model, name, path, option)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
-    if _difference(weights.shapes, model) is None:
-        return weights
-    converted = _convert(weights, model, name, option)
-    difference = _difference(_shapes(converted), model)
+    return weights
+
+
+def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
+    """Weights of another layout as timm reads them for this model."""
+    converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
+    try:
+        converted = Weights.in_memory(converter(dict(weights), model), "timm converts its layout")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
+    difference = _difference(converted.shapes, model)
     if difference:
         raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
-    log.info("%s is read whole: timm converts its layout", path)
-    for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.keys():
-        had, has = weights.shapes[key], tuple(converted[key].shape)
+    for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.shapes.keys():
+        had, has = weights.shapes[key], converted.shapes[key]
         if len(had) == len(has) and had != has:
             log.warning("%s: timm made %s of %s %s: is it a file of %s?", path, list(has), key, list(had), name)
     return converted
 
 
-def _convert(weights: Mapping[str, Tensor], model: nn.Module, name: str, option: str) -> dict[str, Tensor]:
-    """Weights of another layout as timm reads them for this model."""
-    converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
-    try:
-        return converter(dict(weights), model)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
-
-
-def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> dict[str, Tensor]:
+def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights:
     """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
-    log.info("%s is read whole, by timm", path)
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
         model.load_pretrained(path)
     except (AttributeError, KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
-    return model.state_dict()
+    return Weights.in_memory(model.state_dict(), "timm reads it")
 
 
 def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
     """How a file's tensors differ from those of the model, the head apart, before the words "of MODEL"; None if not."""
     head = models.head_prefixes(model)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
+    expected = shapes_of(model.state_dict(), head)
     if not expected.keys() & found.keys():
         return f"has none of the tensors, but such as {next(iter(found))},"
     for key, shape in expected.items():
@@ -126,12 +125,6 @@ def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
             return f"{seen}, unlike the {list(shape)}"
     extra = sorted(key for key in found if key not in expected and not key.startswith(head))
     return f"has {extra[0]}, which is no tensor" if extra else None
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a teacher's tensors, without reading one where they can be known so."""
-    known = getattr(weights, "shapes", None)
-    return known or {key: tuple(value.shape) for key, value in weights.items()}
 
 
 # ---- the script ----
@@ -153,13 +146,13 @@ def make_plan(
     choices: Choices,
     *,
     include_head: bool,
-    weights: Mapping[str, Tensor] | None,
+    weights: Weights | None,
 ) -> Plan:
     """The plan of a pair; `weights` of the teacher are read for "magnitude" alone, their head counts if it is taken."""
     family, left_out = FAMILIES[models.family_of(student)], () if include_head else models.head_prefixes(student)
     layout = Layout.of(teacher, family, left_out)
     if include_head and weights is not None:
-        layout = replace(layout, shapes=layout.shapes | _shapes(weights))
+        layout = replace(layout, shapes=layout.shapes | weights.shapes)
     outline = match(family, layout, Layout.of(student, family, left_out), choices)
     return choose(outline, choices, magnitudes(weights, outline) if choices.element_selection == "magnitude" else None)
 
@@ -209,9 +202,9 @@ def initialize(
     return tensors, description
 
 
-def _classes(weights: Mapping[str, Tensor] | None, model: nn.Module, name: str) -> int:
+def _classes(weights: Weights | None, model: nn.Module, name: str) -> int:
     """How many classes the teacher's classifier has: in its file, or else as timm builds it."""
-    shapes = _shapes(model.state_dict() if weights is None else weights)
+    shapes = shapes_of(model.state_dict()) if weights is None else weights.shapes
     bias = next((key for key in ("head.fc.bias", "head.bias", "fc.bias") if key in shapes), None)
     if bias is None:
         raise UserError(f"--include_head: {name} has no classifier to take")

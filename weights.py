@@ -56,6 +56,11 @@ def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> di
     return dict(content)
 
 
+def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, without those whose names begin with `left_out`."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith(left_out)}
+
+
 def check_plain(path: Path, content: Mapping) -> None:
     """UserError naming the first of a file's weights that is no tensor of plain values under a name."""
     for key, value in content.items():
@@ -183,8 +188,8 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
         weights = buffer.getvalue()
     sha256 = hashlib.sha256(weights).hexdigest()
     text = json_lines({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, levels=3) + "\n"
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    write_atomically(path, lambda file: file.write(weights))
+    write_atomically(path.with_suffix(".json"), text.encode())
+    write_atomically(path, weights)
     return sha256
 
 

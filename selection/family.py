@@ -8,6 +8,7 @@ from functools import cache
 from torch import nn
 
 from utils import UserError
+from weights import shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -83,8 +84,9 @@ class Layout:
             if hasattr(module, "relative_position_bias_table"):
                 windows[name] = tuple(module.window_size)
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(left_out)}
-        return cls(shapes, counts, kinds_of(model, family), grid and tuple(grid), windows)
+        return cls(
+            shapes_of(model.state_dict(), left_out), counts, kinds_of(model, family), grid and tuple(grid), windows
+        )
 
 
 # kinds that have to agree, or the same weights compute something else; of the others a difference is said

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from utils import UserError, first_line
-from weights import check_file, check_kinds, check_plain, read_weights, reading, unpickle, unwrap
+from weights import check_file, check_kinds, check_plain, read_weights, reading, shapes_of, unpickle, unwrap
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAPPED_BYTES = 2**26  # of values, after which a file's pages are given back
@@ -37,6 +37,11 @@ class Weights(Mapping[str, Tensor]):
         self.shapes = shapes
         self.whole = whole
         self._read = read
+
+    @classmethod
+    def in_memory(cls, tensors: Mapping[str, Tensor], whole: str) -> "Weights":
+        """Tensors that have been read already, and why."""
+        return cls(shapes_of(tensors), tensors.__getitem__, whole)
 
     def __getitem__(self, key: str) -> Tensor:
         return self._read(key)
@@ -72,11 +77,7 @@ def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -
             return weights
         whole = "an archive that is not laid out as torch.save does is read whole"
     tensors = read_weights(path, model_key)
-    return Weights(_shapes(tensors), tensors.__getitem__, whole)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return Weights.in_memory(tensors, whole)
 
 
 # ---- safetensors ----
@@ -174,7 +175,7 @@ def _open_archive(path: Path, model_key: str) -> Weights | None:
     places = _match(storages, entries)
     if places is None or not all(_is_placed(tensor, places) for tensor in tensors.values()):
         return None
-    return Weights(_shapes(tensors), lambda key: _read_entry(path, key, tensors[key], places))
+    return Weights(shapes_of(tensors), lambda key: _read_entry(path, key, tensors[key], places))
 
 
 def _data_entries(path: Path) -> list[_Entry] | None:

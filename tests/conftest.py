@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,17 @@ TINY_MODEL = ["--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2"
 def reference() -> dict:
     """Values that the paper's own code computes (OscarXZQ/weight-selection at e9b6d0c)."""
     return json.loads((Path(__file__).parent / "reference_values.json").read_text())
+
+
+def convnext_as_released(weights):
+    """timm's tensors under the names of the original ConvNeXt release."""
+    released = {}
+    for key, value in weights.items():
+        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
+        key = key.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc", ".pwconv").replace(".blocks.", ".")
+        key = re.sub(r"stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
+        released[key] = value
+    return released
 
 
 def write_images(root: Path, split: str, classes: dict[str, int], size: int = 32, seed: int = 0) -> None:

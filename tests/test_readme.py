@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision.datasets.utils
-from conftest import write_images
+from conftest import convnext_as_released, write_images
 
 import compare
 import engine
@@ -47,17 +47,6 @@ def placed(words, places):
         next((str(new) + word[len(old) :] for old, new in places.items() if word.startswith(old)), word)
         for word in words
     ]
-
-
-def convnext_as_released(weights):
-    """timm's tensors under the names of the original ConvNeXt release."""
-    released = {}
-    for key, value in weights.items():
-        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
-        key = key.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc", ".pwconv").replace(".blocks.", ".")
-        key = re.sub(r"stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
-        released[key] = value
-    return released
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import convnext_as_released
 from timm.models import load_checkpoint
 
 import models
@@ -304,15 +305,7 @@ def test_vit_npz_of_the_original_release_is_read(small_teacher, tmp_path):
 def test_original_convnext_layout_is_read(tmp_path):
     kwargs = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
     weights = random_values(models.create("convnext_femto", kwargs))
-    released = {}
-    for key, value in weights.items():
-        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
-        key = key.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc", ".pwconv").replace(".blocks.", ".")
-        if ".downsample." in key:
-            _, stage, _, rest = key.split(".", 3)
-            key = f"downsample_layers.{stage}.{rest}"
-        released[key] = value
-    torch.save({"model": released}, tmp_path / "convnext.pth")
+    torch.save({"model": convnext_as_released(weights)}, tmp_path / "convnext.pth")
     torch.save(weights, tmp_path / "timm.pth")
     student = {"depths": (1, 1, 1, 1), "dims": (4, 8, 12, 16)}
     from_release, from_timm = (
