@@ -12,8 +12,10 @@ import contextlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -51,6 +53,7 @@ RECIPE = {"hflip": 0.5, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "trai
 MIXING = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "smoothing": 0.1}  # fmt: skip
 RECIPE_BATCHES = {"vit_tiny": [64, 512, 1024], "convnext_femto": [128, 1024]}
+ON_CPU = ("timm", "timm, cache ram", "device, cache ram")
 WITH_WORKERS = ("timm", "timm, cache ram", "device")
 ORIGINAL = "d: the original's habits"
 HOST_BATCH = 64  # the smallest of the recipes'
@@ -83,7 +86,7 @@ class Bench:
         self.flops = self._flops()
         if options.compile:
             self.model.compile()
-        self.batches, self.sources = {}, {}
+        self.batches, self.sources, self.workers = {}, {}, {}
 
     @property
     def channels_last(self) -> bool:
@@ -120,7 +123,28 @@ class Bench:
                 mean=mean, std=std, augmentation=RECIPE, seed=0, device=self.device, workers=workers
             )  # fmt: skip
             self.batches[way], self.sources[way] = batches, _endless(batches)
+            others = set(multiprocessing.active_children())
+            next(self.sources[way])
+            self.workers[way] = set(multiprocessing.active_children()) - others
+            self._send(way, signal.SIGSTOP)
         return self.sources[way]
+
+    def _send(self, way: str, number: int) -> None:
+        for worker in self.workers.get(way, ()):
+            os.kill(worker.pid, number)
+
+    @contextlib.contextmanager
+    def awake(self, way: str):
+        """Inside, the workers of this way work; outside they stand still, and take nothing from other measurements."""
+        self._send(way, signal.SIGCONT)
+        yield
+        self._send(way, signal.SIGSTOP)
+
+    def close(self) -> None:
+        """End all workers."""
+        for way in self.workers:
+            self._send(way, signal.SIGCONT)
+        self.batches.clear(), self.sources.clear(), self.workers.clear()
 
     def resident(self) -> Iterator:
         shape = (self.batch_size, 3, self.options.input_size, self.options.input_size)
@@ -234,48 +258,60 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> dict[str, list[float]]:
-    """Images a second, by what was measured, for each round."""
-    tasks = {"a: bare step": bench.train(bench.resident())}
+    """Images a second, by what was measured, for each round; every other round goes the other way."""
+    tasks, way_of = {"a: bare step": bench.train(bench.resident())}, {}
     for way in ways:
-        tasks[f"b: data alone, {way}"] = bench.load(bench.source(way))
-        tasks[f"c: training, {way}"] = bench.train(bench.source(way))
+        source = bench.source(way)
+        tasks[f"b: data alone, {way}"], tasks[f"c: training, {way}"] = bench.load(source), bench.train(source)
         if way not in WITH_WORKERS:
             tasks[f"{HOST_PART}, {way}"] = bench.host(way)
+        way_of |= {name: way for name in tasks if name not in way_of and name != "a: bare step"}
     if "timm" in ways:
-        tasks[ORIGINAL] = bench.original(bench.source("timm"))
+        tasks[ORIGINAL], way_of[ORIGINAL] = bench.original(bench.source("timm")), "timm"
     rates = {name: [] for name in tasks}
-    for steps in tasks.values():
-        steps(options.warmup)
-    for _ in range(options.rounds):
-        for name, steps in tasks.items():
-            batch_size = HOST_BATCH if name.startswith(HOST_PART) else bench.batch_size
-            way = "timm" if name == ORIGINAL else name.partition(", ")[2]
-            if way in ways and way in WITH_WORKERS and not name.startswith("a"):
-                bench.load(bench.source(way))(2 * options.num_workers)  # what lies ready in queues is not their speed
-            seconds = options.seconds / 4 if name.startswith("b") else options.seconds
-            rates[name].append(rate(steps, batch_size, seconds))
+    for number in range(options.rounds + 1):  # the first one is not counted
+        for name in list(tasks)[:: -1 if number % 2 else 1]:
+            steps, waits = tasks[name], not name.startswith(HOST_PART)
+            with bench.awake(way_of.get(name)):
+                if way_of.get(name) in WITH_WORKERS:
+                    bench.load(bench.source(way_of[name]))(
+                        2 * options.num_workers
+                    )  # what lies ready is not their speed
+                if waits and not name.startswith("b"):
+                    steps(2)  # until as much is made as is used up
+                seconds = options.seconds / 4 if name.startswith("b") else options.seconds
+                if number:
+                    rates[name].append(rate(steps, bench.batch_size if waits else HOST_BATCH, seconds))
     return rates
+
+
+def ratios(rates: dict[str, list[float]], task: str, other: str) -> str:
+    """The median of a task's speed over another's in the same round, and between what half of the rounds lie."""
+    if other not in rates:
+        return ""
+    each = [mine / its for mine, its in zip(rates[task], rates[other], strict=True)]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return f"{middle:.3f} ({low:.2f}..{high:.2f})"
 
 
 def table(name: str, bench: Bench, rates: dict[str, list[float]], peak_rate: float) -> list[str]:
     """A Markdown table of one model at one batch size."""
     middle = {task: statistics.median(values) for task, values in rates.items()}
-    a, d = middle["a: bare step"], middle.get(ORIGINAL, float("nan"))
     lines = [
         f"### {name}, batch {bench.batch_size}",
         "",
         f"{bench.flops / 1e9:.2f} GFLOP an image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
-        "| what | images/s, median (least..most) | c/a | c/d | share of that product's speed |",
+        "| what | images/s, median (least..most) | c/a, median of rounds (quartiles) | c/d | share of that product's speed |",
         "|---|---:|---:|---:|---:|",
     ]
     for task, values in rates.items():
-        ratios = (f"{middle[task] / a:.3f}", f"{middle[task] / d:.2f}") if task.startswith("c") else ("", "")
+        shares = [ratios(rates, task, other) if task.startswith("c") else "" for other in ("a: bare step", ORIGINAL)]
         share = "" if task.startswith("b") else f"{100 * middle[task] * bench.flops / peak_rate:.1f} %"
         shown = f"{middle[task]:.1f} ({min(values):.1f}..{max(values):.1f})"
         if task.startswith(HOST_PART):
             shown += f", {1000 / middle[task]:.4f} ms an image"
-        lines.append(f"| {task} | {shown} | {ratios[0]} | {ratios[1]} | {share} |")
+        lines.append(f"| {task} | {shown} | {shares[0]} | {shares[1]} | {share} |")
     best = max(value for task, value in middle.items() if task.startswith("c"))
     hours = CIFAR_IMAGES * CIFAR_EPOCHS / best / 3600
     return [
@@ -294,26 +330,27 @@ def main(argv: list[str] | None = None) -> dict:
     add("--device", default="auto")
     add("--models", nargs="+", default=["vit_tiny", "convnext_femto"])
     add("--batch_sizes", nargs="+", type=int, help="(default: the recipes' on a GPU, 16 on a CPU)")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--ways", nargs="+", choices=WAYS, help="(default: all on a GPU, what a CPU is trained by on a CPU)")
     add("--input_size", type=int, default=224)
     add("--num_workers", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
     add("--use_amp", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     add("--amp_dtype", choices=("float16", "bfloat16"))
     add("--compile", action="store_true")
-    add("--rounds", type=int, default=3)
+    add("--rounds", type=int, help="(default: 3 on a GPU, 8 on a CPU)")
     add(
         "--seconds",
         type=float,
-        help="for each measurement of each round, a quarter for the data alone (default: 2 on a GPU, 6 on a CPU)",
+        default=2,
+        help="for each measurement of each round, a quarter for the data alone (default: 2)",
     )
-    add("--warmup", type=int, default=3, help="steps before any is counted")
     add("--out", type=Path, help="writes OUT.md and OUT.json")
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     device = distributed.pick_device(options.device)
     options.device, on_gpu = str(device), device.type == "cuda"
     options.use_amp = on_gpu if options.use_amp is None else options.use_amp
-    options.seconds = options.seconds or (2 if on_gpu else 6)
+    options.rounds = options.rounds or (3 if on_gpu else 8)
+    options.ways = options.ways or [way for way in WAYS if on_gpu or way in ON_CPU]
     torch.backends.cudnn.benchmark = True
     dtype = engine.Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
     start = time.monotonic()
@@ -337,7 +374,7 @@ def main(argv: list[str] | None = None) -> dict:
                 )
                 lines += table(name, bench, rates, peak_rate)
                 print("\n".join(table(name, bench, rates, peak_rate)), flush=True)
-                bench.batches.clear(), bench.sources.clear()  # ends the workers
+                bench.close()
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.processor() or platform.machine()} CPU"
     notes = [
         f"Hardware: {hardware}, {len(os.sched_getaffinity(0))} cores, {options.num_workers} workers, "
