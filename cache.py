@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets import Images
 from distributed import node_leader, of_all_ranks, rank
+from stopping import leave_to_parent
 from utils import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def cache_images(
             made = _decode_all(images, prepare, num_workers)
         except UserError as error:
             problem = error
-    found = of_all_ranks((made and (made[0].name, *made[1:]), problem is not None))
+    found = of_all_ranks((made and (made[0].name, *made[1:]), problem is not None), patiently=True)
     if problem:
         raise problem
     if any(failed for _, failed in found):
@@ -169,7 +170,9 @@ def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory
     start, sizes, shapes, written = time.monotonic(), [], [], 0
     memory, free = SharedMemory.new(), free_memory(torch.device("cpu"))
     decoded = _Decoded(images, prepare)
-    chunks = DataLoader(decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator())
+    chunks = DataLoader(
+        decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator(), worker_init_fn=leave_to_parent
+    )  # fmt: skip
     for pixels, chunk_sizes, chunk_shapes in chunks:
         sizes.append(chunk_sizes)
         shapes.append(chunk_shapes)

@@ -136,6 +136,9 @@ class EvaluationBatches:
         self.pixels, self.indices, self.batch_size, self.device = pixels, np.array(indices), batch_size, device
         self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
 
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.indices), self.batch_size)
         batches = (self.pixels.batch(self.indices[start : start + self.batch_size]) for start in starts)

@@ -18,9 +18,22 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+STOPPED = 75  # the exit code of a run that was asked to stop: sysexits.h's EX_TEMPFAIL, "try again later"
+
 
 class UserError(Exception):
     """A mistake the user can mend: its message is the one line printed before the scripts end with code 1."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop and did, after saving: what ends it passes through every `except Exception`.
+
+    `agreed`: all ranks ended at the same step.
+    """
+
+    def __init__(self, reason: str, *, agreed: bool = False):
+        super().__init__(reason)
+        self.agreed = agreed
 
 
 class Stream(enum.IntEnum):
@@ -128,6 +141,8 @@ def run_script(main: Callable[[], object]) -> int:
     except torch.OutOfMemoryError as error:
         report(f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})")
         return 1
+    except Stopped:
+        return STOPPED
     except KeyboardInterrupt:
         return 130
     finally:

@@ -68,3 +68,12 @@ def tiny_run(image_folder, tmp_path):
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log.txt."""
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+def weights_of(folder: Path, name: str = "checkpoint-1.pth") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_equal_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a), max((a[key] - b[key]).abs().max() for key in a)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import weights
-from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_epoch
+from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
 from utils import UserError, write_atomically
 from weights import find_initialization, read_initialization, read_weights, write_initialization
 
@@ -253,7 +253,7 @@ def state_of(epoch):
 
 def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, caplog):
     for epoch in (8, 9, 10):
-        save_epoch(tmp_path, state_of(epoch), improved=["test_acc1"], due=True, keep=5)
+        save_numbered(tmp_path, state_of(epoch), keep=5)
     newest = tmp_path / "checkpoint-10.pth"
     assert find_checkpoint("", tmp_path, auto_resume=True, training=True)[0] == newest
     newest.write_bytes(newest.read_bytes()[:-200])
@@ -267,15 +267,22 @@ def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, c
 
 
 def test_oldest_checkpoints_go_and_the_best_stays(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-best.pth", state_of(2))
     for epoch in range(12):
-        improved = ["test_acc1"] if epoch == 2 else []
-        save_epoch(tmp_path, state_of(epoch), improved=improved, due=epoch % 2 == 1, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-11.pth",
-        "checkpoint-9.pth",
-        "checkpoint-best.pth",
-    ]
-    assert read_checkpoint(tmp_path / "checkpoint-best.pth")["epoch"] == 2
+        save_numbered(tmp_path, state_of(epoch), keep=2)
+    within = {"sums": {"loss": 1.0}}
+    for step in (1230, 1240):
+        save_numbered(tmp_path, state_of(12) | {"step": step} | within, keep=3)
+    names = ["checkpoint-12-1240.pth", "checkpoint-12-1230.pth", "checkpoint-11.pth"]
+    assert [path.name for path in numbered_checkpoints(tmp_path)] == names
+    save_numbered(tmp_path, state_of(12) | {"step": 1300}, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-12.pth", "checkpoint-best.pth"}
+
+
+def test_files_of_later_states_outlive_those_of_an_earlier_one(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-7.pth", state_of(7))
+    save_numbered(tmp_path, state_of(3), keep=1)
+    assert [path.name for path in numbered_checkpoints(tmp_path)] == ["checkpoint-7.pth", "checkpoint-3.pth"]
 
 
 def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
