@@ -1,5 +1,6 @@
 """The training state of a run: what it holds, and its files."""
 
+import io
 import logging
 import math
 import re
@@ -20,7 +21,9 @@ BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkp
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write a training state of plain types and tensors to `path`, whole or not at all."""
-    write_atomically(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
+    buffer = io.BytesIO()  # torch's own writing to a full disk does not say that it is full
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -84,10 +84,12 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
             )
         yield
         return
+    store = _store_of_this_attempt() if dist_url == "env://" else None
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=dist_url,
+            init_method=None if store else dist_url,
+            store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             device_id=device if device.type == "cuda" else None,
@@ -105,6 +107,17 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
     # only here: after a failure it would wait for work that never ends, and the reason be said too late
     dist.destroy_process_group()
     _patient_group = None
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """The launcher's own store, without what processes that it has restarted since left there; None if it has none.
+
+    Else the new processes would take the addresses of the old ones (pytorch issue 135712).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextlib.contextmanager

@@ -165,8 +165,11 @@ def train_one_epoch(
         if done % trainer.log_freq == 0 or done == steps or save_is_due:
             window_sums.values[-1] += trainer.asked_to_stop()
             window = window_sums.read()
-            _stop_if_not_finite(trainer, window, longest, progress.epoch, step)
             updates = done - progress.done
+            where = (
+                f"in the {updates} updates up to step {step} of epoch {progress.epoch}, at lr {trainer.lr[step]:.3g}"
+            )
+            _stop_if_not_finite(window, longest, trainer.precision.scales_loss, where)
             figures = {"correct": window["correct"], "images": float(updates * images * world_size())}
             figures |= {name: window[name] / world_size() for name in ("loss", "grad_norm")}
             progress.sums |= {name: progress.sums.get(name, 0.0) + value for name, value in figures.items()}
@@ -229,18 +232,13 @@ def _update(trainer: Trainer) -> Tensor:
     return norm
 
 
-def _stop_if_not_finite(trainer: Trainer, window: dict[str, float], longest: Tensor, epoch: int, step: int) -> None:
-    """UserError on every rank if an update since the last log step was not finite; `window` is the same on all ranks."""
-    skips_allowed = trainer.precision.scales_loss
-    where = f"in the {trainer.log_freq} updates up to step {step} of epoch {epoch}, at lr {trainer.lr[step]:.3g}"
+def _stop_if_not_finite(window: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
+    """UserError on every rank if an update since the last reading was not finite; `window` is the same on all ranks."""
+    mend = "nothing of that was saved: try a lower --lr or --clip_grad 1"
     if window["bad_loss"]:
-        raise UserError(
-            f"the loss was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
-        )
+        raise UserError(f"the loss was not finite {where}; {mend}")
     if window["bad_grad"] and not skips_allowed:
-        raise UserError(
-            f"a gradient was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
-        )
+        raise UserError(f"a gradient was not finite {where}; {mend}")
     if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
         raise UserError(
             f"float16 gradients overflowed {int(longest.item())} times in a row {where}: try --amp_dtype bfloat16"

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, or with `--eval true` evaluate; returns the last epoch's line of log.txt, or what was measured."""
     options = training_options(argv)
     device = distributed.pick_device(options.device)
-    with StopSignals() as stop, distributed.process_group(device, options.dist_url, options.dist_timeout):
+    with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
         start_logging(quiet=not distributed.is_main())
         for name in without_effect(options):
             log.warning("%s is accepted and has no effect", name)

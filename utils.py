@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -81,19 +80,18 @@ def json_lines(value: object, levels: int) -> str:
     return "{\n" + textwrap.indent(",\n".join(entries), " ") + "\n}"
 
 
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Put `content`, or what it writes when it is called with a file, at `path`, which is the old or the new file."""
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Put `content` at `path`, which holds the old or the new file whatever happens. UserError where that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # a full disk shows as OSError in Python's own writes, as RuntimeError in torch.save
-        if isinstance(error, OSError | RuntimeError):
+        if isinstance(error, OSError):
             raise UserError(
                 f"{path} could not be written ({first_line(error)}); what was there before is untouched"
             ) from error
