@@ -39,7 +39,7 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
     """The images to train on and to evaluate on (None where not needed) and their number of classes."""
 
     def load(train: bool) -> datasets.Images:
-        return datasets.load_images(
+        images = datasets.load_images(
             options.data_set,
             options.data_path,
             train,
@@ -49,6 +49,7 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
             input_key=options.input_key,
             target_key=options.target_key,
         )
+        return images.skipping_bad() if options.bad_images == "skip" else images
 
     with distributed.main_first():
         train_images = None if options.eval else load(True)

@@ -31,7 +31,9 @@ from assemble import (
     set_determinism,
 )
 from checkpoint import BEST_CHECKPOINTS, find_checkpoint, save_checkpoint, save_numbered
+from datasets import Images
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
+from feed import bad_of_all_ranks
 from metrics import EpochLog, Reporter, WeightsAndBiases, summary
 from models import build_model
 from resume import (
@@ -100,6 +102,8 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     }
     if saved:
         check_same_data(path, saved, data)
+        if train_images and options.bad_images == "skip":
+            train_images.mark_bad(saved.get("bad_images", []))
     train_loader = make_train_loader(options, train_images, device) if train_images else None
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
@@ -141,7 +145,9 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
         run_folder.write_config(output_dir, {"options": origin["options"], "initialization": source, **about})
         progress.best = bring_best(path, saved, output_dir) if saved else {}
     with stop.deferred():
-        return train(options, output_dir, trainer, train_loader, val_loader, progress, origin)
+        return train(
+            options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin
+        )
 
 
 def progress_of(saved: dict, steps: int) -> Progress:
@@ -157,12 +163,14 @@ def train(
     trainer: Trainer,
     train_loader,
     val_loader,
+    images: tuple[Images, Images | None],
     progress: Progress,
     origin: dict,
 ) -> dict:
     """Every epoch that is left: train, evaluate, log, save; returns the last line of log.txt.
 
-    `origin` is what each checkpoint says of the run: its options, data, precision.
+    `images` are those that the loaders load. `origin` is what each checkpoint says of the run: its options, data,
+    precision.
     """
     is_main, steps = distributed.is_main(), train_loader.batch_sampler.steps_per_epoch
     n_parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters() if parameter.requires_grad)
@@ -174,11 +182,12 @@ def train(
     def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
         """The state within an epoch; with `metrics`, its line of log.txt, the state at its end, as the best where it is."""
         progress.sums["seconds"] = time.monotonic() - began
+        bad = {"bad_images": bad_of_all_ranks(images[0])} if options.bad_images == "skip" else {}
         if not (epoch_log and options.save_ckpt):
             return
         position = {"epoch": progress.epoch, "step": progress.epoch * steps + progress.done, "best": progress.best}
         figures = {"sums": {} if metrics else progress.sums, "metrics": metrics or {}}
-        state = {**trainer.state(), **position, **figures, **origin}
+        state = {**trainer.state(), **position, **figures, **bad, **origin}
         for name in improved:
             save_checkpoint(output_dir / BEST_CHECKPOINTS[name], state)
         if not metrics or (progress.epoch + 1) % options.save_ckpt_freq == 0 or progress.epoch + 1 == options.epochs:
@@ -205,6 +214,9 @@ def train(
                 except Stopped:
                     save()  # what comes back evaluates first
                     raise
+            if options.bad_images == "skip":
+                of_parts = zip(("train", "test"), images, strict=True)
+                record |= {f"{part}_bad_images": len(bad_of_all_ranks(some)) for part, some in of_parts if some}
             record |= {"epoch": progress.epoch, "step": (progress.epoch + 1) * steps, "n_parameters": n_parameters}
             record["epoch_seconds"] = time.monotonic() - began
             improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > progress.best.get(name, -1.0)]
