@@ -48,11 +48,11 @@ ARMS = {
     "random": None,  # random init, the baseline
     "selected": Arm(),  # the paper's rules: first layers, uniform slots, heads blended
     "shuffled": Arm(shuffled=True),
+    "keep": Arm("--heads keep"),
     "consecutive": Arm("--element_selection consecutive"),
     "random_slots": Arm("--element_selection random --seed {seed}"),
     "random_inconsistent": Arm("--element_selection random_inconsistent --seed {seed}"),
     "magnitude": Arm("--element_selection magnitude"),
-    "keep": Arm("--heads keep"),
     "last_layers": Arm("--layer_selection last"),
     "middle_layers": Arm("--layer_selection middle"),
     "uniform_layers": Arm("--layer_selection uniform"),
@@ -84,7 +84,6 @@ class Study(NamedTuple):
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
 _VIT = "img_size=32 patch_size=8 "
-_CONVNEXT = "patch_size=2 "
 STUDIES = {
     "cpu": Study(
         _CPU_RECIPE,
@@ -96,12 +95,10 @@ STUDIES = {
             "vit/wide_teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
             ),
-            "convnext/student": Model(
-                "convnext_femto", _CONVNEXT + "dims=24,48,96,192 depths=2,2,6,2", "--lr 2e-3", 10, 13
-            ),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 2e-3", 10, 13),
             "convnext/teacher": Model(
                 "convnext_tiny",
-                _CONVNEXT + "dims=48,96,192,384 depths=3,3,9,3",
+                "dims=48,96,192,384 depths=3,3,9,3",
                 "--lr 2e-3 --data_fraction 0.3",
                 20,
                 48,
@@ -117,17 +114,52 @@ STUDIES = {
             ("vit", "full", "wide_blend wide_keep", range(2)),
         ],
     ),
+    # The paper's models and recipe, but for 64 px and 100 epochs. Each row and its teacher is a piece of its own, to be
+    # chosen by --only. The minutes are guesses for one H100: none of it has been run.
+    "gpu": Study(
+        "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
+        "--num_workers 8",
+        {
+            "vit/student": Model(
+                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 17", 100, 2.5
+            ),
+            "vit/teacher": Model(
+                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 10", 100, 9
+            ),
+            "convnext/student": Model(
+                "convnext_femto",
+                "",
+                "--batch_size 1024 --lr 4e-3 --warmup_epochs 17 --drop_path 0.1 --channels_last",
+                100,
+                2.5,
+            ),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "",
+                "--batch_size 1024 --lr 1e-3 --warmup_epochs 10 --drop_path 0.1 --channels_last",
+                100,
+                10,
+            ),
+        },
+        [
+            ("vit", "full", "random selected", range(3)),
+            ("convnext", "full", "random selected", range(3)),
+            ("vit", "full", "shuffled keep", range(3)),
+            ("convnext", "full", "shuffled", range(3)),
+        ],
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a teacher (`arm` None), or a student, whose first values are the arm's."""
+    """One training, of a teacher, or of a student, from random values if `teacher` is None."""
 
     name: str  # its folder
     command: tuple[str, ...]  # options of main.py, but --initialize
     epochs: int
     minutes: float
+    is_teacher: bool = False
     teacher: "Run | None" = None
     shuffled: bool = False
     selection: tuple[str, ...] = ()  # options of weight_selection.py, but the file of weights
@@ -163,20 +195,25 @@ def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
     teacher = study.models[role]
     options = f"{_training(study, teacher, TEACHER_DATA)} --output_dir {role}"
     selection = (
-        f"--student_model {model.name} --student_kwargs {model.kwargs} --pretrained_model {teacher.name} "
-        f"--pretrained_kwargs {teacher.kwargs} {choices.selection.format(seed=seed)}"
+        f"--student_model {model.name} {_given('--student_kwargs', model.kwargs)} "
+        f"--pretrained_model {teacher.name} {_given('--pretrained_kwargs', teacher.kwargs)} "
+        f"{choices.selection.format(seed=seed)}"
     )
     return replace(
         student,
-        teacher=Run(role, tuple(options.split()), teacher.epochs, teacher.minutes),
+        teacher=Run(role, tuple(options.split()), teacher.epochs, teacher.minutes, is_teacher=True),
         shuffled=choices.shuffled,
         selection=tuple(selection.split()),
     )
 
 
+def _given(option: str, values: str) -> str:
+    return f"{option} {values}" if values else ""
+
+
 def _training(study: Study, model: Model, data: str) -> str:
     return (
-        f"--model {model.name} --model_kwargs {model.kwargs} --data_set image_folder --data_path data/{data} "
+        f"--model {model.name} {_given('--model_kwargs', model.kwargs)} --data_set image_folder --data_path data/{data} "
         f"--epochs {model.epochs} {study.recipe} {model.training} --save_ckpt_num 1 --log_freq 100 --progress false"
     )
 
@@ -195,12 +232,9 @@ class Place:
     results: Path
 
     def epochs_done(self, run: Run) -> int:
-        """How many epochs the run's log has, in `results` or else in `work`."""
-        for folder in (self.results, self.work):
-            log = folder / run.name / "log.txt"
-            if log.exists():
-                return len(log.read_text(encoding="utf-8").splitlines())
-        return 0
+        """How many epochs the run's log in `work` has."""
+        log = self.work / run.name / "log.txt"
+        return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
     def finished(self, run: Run) -> bool:
         """Whether its log is in `results`; of a teacher, whose weights are needed, the last checkpoint too."""
@@ -208,7 +242,7 @@ class Place:
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         if not lines or json.loads(lines[-1])["epoch"] != run.epochs - 1:
             return False
-        return "teacher" not in run.name or (self.work / run.checkpoint).exists()
+        return not run.is_teacher or (self.work / run.checkpoint).exists()
 
     def commands(self, run: Run) -> list[list[str]]:
         """What makes the run, in the order in which it is to be run."""
@@ -286,7 +320,7 @@ def listing(runs: list[Run], place: Place) -> str:
     for run in runs:
         done = place.epochs_done(run)
         state = "finished" if place.finished(run) else f"epoch {done} of {run.epochs}" if done else "to do"
-        left += 0 if state == "finished" else run.minutes * (1 - done % run.epochs / run.epochs)
+        left += 0 if state == "finished" else run.minutes * (1 - done / run.epochs)
         lines.append(f"{run.name:32}{state:18}{run.minutes:6.1f} min")
     return "\n".join([*lines, f"{len(runs)} runs, {left / 60:.1f} hours are left"])
 
