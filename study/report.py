@@ -8,6 +8,7 @@ as far as it is: n says how many seeds there are. Several folders, as from sever
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -59,23 +60,32 @@ Section = dict[str, list[Run]]  # an arm's runs
 # ---- reading ----
 
 
-def read_study(roots: list[Path]) -> tuple[dict[str, Section], dict[str, Run]]:
-    """The students by section ("vit/full") and arm, the teachers by name. CompareError for settings that do not fit."""
+def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
+    """The students by section ("vit/full") and arm, and the teachers. CompareError for runs that cannot stand together."""
     sections: dict[str, Section] = defaultdict(lambda: defaultdict(list))
-    teachers = {}
+    teachers = []
     for root in roots:
         for run in compare.read_runs(compare.find_runs([root]), METRIC):
-            name = run.folder.relative_to(root)
-            arm = name.name.rpartition("-")[0]
+            arm = run.folder.name.rpartition("-")[0]
             if not arm:
-                teachers[name.as_posix()] = run
+                teachers.append(run)
             elif arm in TITLES:
-                sections[name.parent.as_posix()][arm].append(run)
+                sections[run.folder.relative_to(root).parent.as_posix()][arm].append(run)
             else:
                 raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(TITLES)}")
     for section in sections.values():
+        for runs in section.values():
+            check_seeds(runs)
         check_settings([run for runs in section.values() for run in runs])
     return sections, teachers
+
+
+def check_seeds(runs: list[Run]) -> None:
+    """CompareError for an arm's seed that is there twice, in folders of two sittings."""
+    first: dict[int, Run] = {}
+    for run in runs:
+        if first.setdefault(run.seed, run) is not run:
+            raise CompareError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
 
 
 def check_settings(runs: list[Run]) -> None:
@@ -107,15 +117,20 @@ def at_share(runs: list[Run], share: float) -> dict:
 # ---- writing ----
 
 
-def table(question: Question, found: dict[str, list[dict]]) -> str:
-    """The question's Markdown table: a row for each section and arm."""
+def link(name: str, folder: Path, out: Path) -> str:
+    """A Markdown link from a page in `out` to the folder."""
+    return f"[{name}]({Path(os.path.relpath(folder, out)).as_posix()})"
+
+
+def table(question: Question, found: dict[str, list[dict]], out: Path) -> str:
+    """The question's Markdown table for a page in `out`: a row for each section and arm."""
     heads = ["data", "start", "n", *(head for head, _ in SHARES_OF_RUN), "gain, same seed", "epochs to the baseline"]
     rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for name, summaries in found.items():
         for summary in summaries:
             n, gain, epochs = summary["n"], summary["gain"], summary["epochs_to_baseline"]
             rows.append([
-                f"[{name}]({name})",
+                link(name, Path(summary["runs"][0]["folder"]).parent, out),
                 summary["label"],
                 str(n),
                 *(compare.cell(value, 1) for value in summary["at"]),
@@ -125,9 +140,9 @@ def table(question: Question, found: dict[str, list[dict]]) -> str:
     return "\n".join([f"## {question.text}", "", *compare.markdown(rows), ""])
 
 
-def notes(sections: dict[str, Section], teachers: dict[str, Run]) -> str:
+def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
     """How to read the tables, what the teachers reached, and what it all ran on."""
-    runs = [*teachers.values(), *(run for section in sections.values() for runs in section.values() for run in runs)]
+    runs = [*teachers, *(run for section in sections.values() for runs in section.values() for run in runs)]
     configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8")) for run in runs]
     kinds = {
         "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}".format(**each["environment"])
@@ -139,7 +154,10 @@ def notes(sections: dict[str, Section], teachers: dict[str, Run]) -> str:
         "The first row of a data set is the baseline; gains pair the seeds; the last column counts epochs to the "
         "baseline's mean final accuracy.",
         "",
-        *(f"- Teacher [{name}]({name}): {run.last:.1f} % after {len(run.values)} epochs." for name, run in teachers.items()),
+        *(
+            f"- {link('/'.join(run.folder.parts[-2:]), run.folder, out)}: {run.last:.1f} % after {len(run.values)} epochs."
+            for run in teachers
+        ),
         *(f"- Ran on: {kind}." for kind in sorted(kinds)),
         f"- Code: {', '.join(revisions)}.",
     ]  # fmt: skip
@@ -196,12 +214,12 @@ def report(roots: list[Path], out: Path) -> str:
     for question in QUESTIONS:
         found = {name: made for name, section in sections.items() if (made := summaries_of(section, question))}
         if found:
-            tables.append(table(question, found))
+            tables.append(table(question, found, out))
             draw_curves(found, out / f"curves-{question.name}.png")
     if not tables:
         raise CompareError("no run of random init and of another start yet")
     draw_gains({name: section for name, section in sections.items() if "random" in section}, out / "gains.png")
-    text = "\n".join([*tables, notes(sections, teachers)])
+    text = "\n".join([*tables, notes(sections, teachers, out)])
     (out / "tables.md").write_text(text, encoding="utf-8")
     return text
 

@@ -121,15 +121,15 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkey
     assert {file.name for file in (tmp_path / "results").rglob("*") if file.is_file()} == {"config.json", "log.txt"}
 
     assert run.main(call) == 0 and len(commands) == 5
-    (tmp_path / "results" / "vit" / "full" / "random-0" / "log.txt").write_text("")
+    (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()  # as if stopped before it was copied
     capsys.readouterr()
     assert run.main([*call, "--list"]) == 0
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:3] == [
-        ["vit/full/random-0", "epoch"],
-        ["vit/teacher", "finished"],
-        ["vit/full/shuffled-0", "finished"],
-    ]
+    names = ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
+    assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
+    assert run.main(call) == 0
+    assert commands[5:] == ["shuffle", "weight_selection", "main"]
+    assert [line["epoch"] for line in read_log(tmp_path / "results" / names[2])] == [0]
 
 
 @pytest.fixture
@@ -209,12 +209,12 @@ def test_shuffling_keeps_each_tensors_values(tmp_path):
 def write_run(tmp_path):
     """Writes a finished run of the study with this accuracy in each epoch; more options can be set."""
 
-    def write(name, accuracies, **changes):
+    def write(name, accuracies, *, root="study", **changes):
         arm, _, seed = name.partition("-")
         wanted = options.training_defaults() | {"epochs": len(accuracies), "seed": int(seed or 0), **changes}
         source = None if arm.endswith(("random", "teacher")) else {"sha256": arm, "path": f"{arm}.pth"}
         kind = {"device": "cpu", "processes": 1, "threads": 2, "torch": "2", "timm": "1"}
-        folder = tmp_path / "study" / name
+        folder = tmp_path / root / name
         folder.mkdir(parents=True)
         config = {"options": wanted, "initialization": source, "environment": kind, "revision": "abc"}
         (folder / "config.json").write_text(json.dumps(config))
@@ -252,9 +252,23 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path,
         [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
         [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
     ]
-    assert "Teacher [vit/teacher](vit/teacher): 7.2 % after 2 epochs" in text
+    assert "- [vit/teacher](vit/teacher): 7.2 % after 2 epochs." in text
     figures = {file.name for file in (tmp_path / "study").glob("*.png")}
     assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
+
+
+def test_sittings_in_several_folders_are_taken_together(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run("vit/full/random-0", [30])
+    write_run("vit/full/selected-0", [40], root="second")
+    folders = [str(tmp_path / root) for root in ("study", "second")]
+    assert report.main(folders) == 0
+    first, second = rows_of(capsys.readouterr().out)
+    assert first[0] == "[vit/full](vit/full)" and second[0] == "[vit/full](../second/vit/full)"
+    assert second[-2] == "+10.0"
+    write_run("vit/full/random-0", [31], root="second")
+    assert report.main(folders) == 1
+    assert "second/vit/full/random-0 are the same seed 0 of an arm" in capsys.readouterr().err
 
 
 def test_runs_of_other_settings_are_not_compared(write_run, tmp_path, capsys):
