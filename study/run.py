@@ -95,7 +95,7 @@ STUDIES = {
             "vit/wide_teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
             ),
-            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 2e-3", 10, 13),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
             "convnext/teacher": Model(
                 "convnext_tiny",
                 "dims=48,96,192,384 depths=3,3,9,3",
