@@ -96,9 +96,12 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
             timeout=timedelta(seconds=timeout),
         )
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(f"the processes could not connect with each other ({first_line(error)})") from error
+    try:
         yield
     except RuntimeError as error:
-        if re.search("Timed out|timed out|[Tt]imeout", str(error)):
+        if re.search("[Tt]imed out|operation timeout", str(error)):
             reason = f"another process did not answer for --dist_timeout {timeout:g} s"
             raise UserError(f"{reason} ({first_line(error)})") from error
         if isinstance(error, dist.DistError) or re.search("Connection (closed|reset)|gloo", str(error)):

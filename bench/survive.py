@@ -35,7 +35,7 @@ from checkpoint import numbered_checkpoints, read_checkpoint
 from utils import UserError, revision, run_script
 
 MODEL = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 --input_size 32 --drop_path 0.1"
-SCHEDULE = "--epochs 4 --warmup_epochs 1 --lr 1e-3 --save_ckpt_steps 2 --log_freq 3 --device cpu --progress false"
+SCHEDULE = "--epochs 4 --warmup_epochs 1 --lr 1e-3 --save_ckpt_steps 2 --log_freq 3 --device cpu --progress false --dist_timeout 20"
 EXTRAS = "--model_ema true --model_ema_decay 0.9 --model_ema_eval true --clip_grad 1"
 VARIANTS = {
     "1 process": (1, "--batch_size 8 --num_workers 0"),
