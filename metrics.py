@@ -178,24 +178,46 @@ def summary(record: dict, best: dict) -> str:
 
 
 class TensorBoard:
-    """Scalars to a folder that TensorBoard reads; points after `first_step`, of a run cut off, are hidden."""
+    """Scalars to a folder that TensorBoard reads; points from `first_step` on, of a run cut off, are hidden.
+
+    A disk that fills up ends it with a warning, and the training goes on: tensorboardX's own writer is a thread, after
+    whose end the run would wait for ever.
+    """
 
     def __init__(self, log_dir: str, first_step: int):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError as error:
             raise UserError("--log_dir needs the package tensorboardX: pip install tensorboardX") from error
+        self.log_dir, self._event, self._scalar = log_dir, Event, summary.scalar
         try:
-            self.writer = SummaryWriter(log_dir, purge_step=first_step or None)
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(os.path.join(log_dir, "events"))
+            if first_step:
+                self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._events.flush()
         except OSError as error:
             raise UserError(f"--log_dir {log_dir} cannot be written to: {error.strerror}") from error
 
     def write(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        if self._events is None:
+            return
+        try:
+            for name, value in values.items():
+                summary = self._scalar(name, value)
+                self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._events.flush()
+        except OSError as error:
+            log.warning(
+                "--log_dir %s: %s; nothing more goes there, the training goes on", self.log_dir, first_line(error)
+            )
+            self._events = None
 
     def close(self) -> None:
-        self.writer.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class WeightsAndBiases:

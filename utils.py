@@ -139,6 +139,13 @@ def run_script(main: Callable[[], object]) -> int:
     except torch.OutOfMemoryError as error:
         report(f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})")
         return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch says so wherever it finds the process that trains
+            raise
+        report(
+            f"a worker that loads images has died, as where memory is short: try fewer --num_workers ({first_line(error)})"
+        )
+        return 1
     except Stopped:
         return STOPPED
     except KeyboardInterrupt:

@@ -236,3 +236,22 @@ def test_full_disk_ends_the_run_and_what_was_there_still_loads(small_disk, tiny_
     left = numbered_checkpoints(small_disk / "run")
     assert left and all(read_checkpoint(path) for path in left)
     assert not list((small_disk / "run").glob(".*.tmp"))
+
+
+def test_worker_that_dies_ends_the_run_in_one_line(job, tiny_run, tmp_path):
+    run = job(tiny_run("--epochs", "400", "--num_workers", "1"), processes=1)
+    wait_for(lambda: (tmp_path / "run" / "log.txt").exists() and read_log(tmp_path / "run"))
+    main = run.processes[0].pid
+    workers = subprocess.run(["pgrep", "-P", str(main)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert run.wait(60) == [1]
+    said = run.said.read_text()
+    assert "main.py: error: a worker that loads images has died" in said and "Traceback" not in said
+
+
+def test_full_disk_under_tensorboard_does_not_end_the_run(small_disk, tiny_run, tmp_path, caplog):
+    (small_disk / "filler").write_bytes(bytes(2**20 - 40_000))
+    script.main(tiny_run("--epochs", "60", "--log_freq", "1", "--disable_eval", "true", "--log_dir", small_disk / "tb"))
+    assert len(read_log(tmp_path / "run")) == 60
+    said = [record.getMessage() for record in caplog.records if "--log_dir" in record.getMessage()]
+    assert len(said) == 1 and "No space left on device; nothing more goes there, the training goes on" in said[0]
