@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import logging
 import os
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,8 +21,10 @@ import timm
 import torch
 from timm.models import convnext, eva, mlp_mixer, swin_transformer, vision_transformer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import models
+from containers import check_arrays
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.hub import pretrained_file
@@ -34,7 +35,15 @@ from selection.read import Weights, open_weights
 from selection.rules import Choices
 from selection.tensors import magnitudes, select
 from utils import UserError, first_line, json_lines, run_script, start_logging
-from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, shapes_of, write_initialization
+from weights import (
+    FLOATING,
+    WEIGHT_SUFFIXES,
+    check_dtype,
+    check_finite,
+    check_replaceable,
+    shapes_of,
+    write_initialization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +92,13 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
             weights = _converted(weights, model, name, path, option)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
-    return weights
+
+    def read(key: str) -> Tensor:
+        tensor = weights[key]
+        check_dtype(key, tensor, option)
+        return tensor
+
+    return Weights(weights.shapes, read, weights.whole)
 
 
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
@@ -91,7 +106,7 @@ def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, 
     converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
     try:
         converted = Weights.in_memory(converter(dict(weights), model), "timm converts its layout")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
     difference = _difference(converted.shapes, model)
     if difference:
@@ -107,10 +122,25 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
-        model.load_pretrained(path)
-    except (AttributeError, KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        check_arrays(path)
+        with _ExactCopies():
+            model.load_pretrained(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes numpy and zlib raise almost anything
         raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
     return Weights.in_memory(model.state_dict(), "timm reads it")
+
+
+class _ExactCopies(TorchFunctionMode):
+    """Refuses what timm's reader would spread over, or convert to, the model's tensor: ValueError."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ == "copy_":
+            target, array = args
+            if array.shape != target.shape or array.dtype not in FLOATING:
+                raise ValueError(f"an array of {array.dtype} {list(array.shape)} stands for {list(target.shape)}")
+        return function(*args, **(kwargs or {}))
 
 
 def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
@@ -118,7 +148,7 @@ def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
     head = models.head_prefixes(model)
     expected = shapes_of(model.state_dict(), head)
     if not expected.keys() & found.keys():
-        return f"has none of the tensors, but such as {next(iter(found))},"
+        return f"has none of the tensors, but such as {next(iter(found), 'none')},"
     for key, shape in expected.items():
         if found.get(key) != shape:
             seen = f"has {key} {list(found[key])}" if key in found else f"has no {key}"

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from utils import UserError, first_line
-from weights import check_file, check_kinds, check_plain, read_weights, reading, shapes_of, unpickle, unwrap
+from weights import (
+    check_file,
+    check_plain,
+    is_archive,
+    open_archive,
+    read_weights,
+    reading,
+    shapes_of,
+    unpickle,
+    unwrap,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAPPED_BYTES = 2**26  # of values, after which a file's pages are given back
@@ -70,8 +80,8 @@ def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -
         return _open_safetensors(path, dict.fromkeys(_header(path), path), model_key)
     whole = "a file of torch's old format is read whole"
     with reading(path):
-        is_archive = zipfile.is_zipfile(path)
-    if is_archive:
+        zipped = is_archive(path)
+    if zipped:
         weights = _open_archive(path, model_key)
         if weights is not None:
             return weights
@@ -183,8 +193,7 @@ def _data_entries(path: Path) -> list[_Entry] | None:
 
     The other entries, the pickle above all, are compared with their checksums here; zipfile raises for a damaged one.
     """
-    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
-        check_kinds(archive)
+    with open_archive(path) as archive, open(path, "rb", buffering=0) as file:
         infos = archive.infolist()
         if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
             return None
