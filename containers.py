@@ -1,27 +1,30 @@
 """What a zip archive and a pickle say of themselves, looked at before either is read: neither may hold more than it weighs."""
 
 import collections
+import itertools
 import math
 import pickle
 import pickletools
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 
 DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
 UNPACKED = 20  # times its own size may a file hold; trained weights hardly compress
 OBJECTS = 10**7  # in a pickle, those that are there several times counted as often
 DEPTH = 100  # of objects in objects
+CONTAINERS = (Mapping, list, tuple)
 # what torch.save writes for tensors and for plain values; torch.load would call a few more, that make tensors of any size
 PLAIN = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? \w+Storage|"
-    r"torch Size|torch [a-z]\w*|(builtins|__builtin__) (set|complex)"
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? (?!Q)\w+Storage|"
+    r"torch Size|torch (?!q)[a-z]\w*|(builtins|__builtin__) (set|complex)"
 )
 PUT, GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
-GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 # a list of texts and nothing else, as the last pickle of torch's old format is
 TEXTS = re.compile(
     r"(PROTO )?EMPTY_LIST (\w*PUT )?(MARK (\w+(UNICODE|STRING) (\w*PUT )?)+APPENDS |\w+(UNICODE|STRING) (\w*PUT )?APPEND )*STOP"
@@ -45,13 +48,13 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError(f"it would unpack to {inside / size:.0f} times its size")
 
 
-def check_pickle(file: BinaryIO) -> None:
-    """Read one pickle's opcodes, without doing what they say.
+def check_pickle(file: BinaryIO) -> list:
+    """Read one pickle's opcodes, without doing what they say; returns the ids of the storages that it asks for.
 
-    Raises UnpicklingError for one that names anything but what tensors are put together with, or whose objects are
-    nested deeply, or many more than its opcodes: walking through them, as a mapping does with its keys, would not end.
+    Raises UnpicklingError for one that names anything but what tensors are put together with, or whose tuples are nested
+    deeply, or hold many more objects than there are opcodes: as the key of a mapping such a one would take for ever.
     """
-    stack, marks, memo, objects = [], [], {}, 0  # on the stack, for each object: how many are in it, how deep
+    stack, marks, memo, asked, objects = [], [], {}, [], 0
     try:
         for op, argument, _ in pickletools.genops(file):
             if op.name == "GLOBAL" and not PLAIN.fullmatch(argument):
@@ -60,30 +63,49 @@ def check_pickle(file: BinaryIO) -> None:
                 memo[len(memo) if argument is None else argument] = stack[-1]
             elif op.name in GET:
                 stack.append(memo[argument])
-                objects += memo[argument][0]
+                objects += stack[-1].count
             elif op.name == "MARK":
                 marks.append(len(stack))
             else:
                 place = len(stack) - len(op.stack_before)
                 if pickletools.markobject in op.stack_before:
                     place = marks.pop() - op.stack_before.index(pickletools.markobject)
-                taken = [stack.pop() for _ in range(len(stack) - place)]
-                inside = 1 + sum(count for count, _ in taken), 1 + max((depth for _, depth in taken), default=0)
+                parts = stack[place:]
+                del stack[place:]
+                if op.name == "BINPERSID":
+                    asked.append([part.value for part in parts[0].value])
                 if op.stack_after:
-                    made = taken[-1] if op.name in GROWING else [0, 0]
-                    made[:] = inside
-                    stack.append(made)
-                objects += 1
-                if objects > OBJECTS or inside[0] > OBJECTS or inside[1] > DEPTH:
-                    raise pickle.UnpicklingError("objects without end")
-    except (ValueError, LookupError, OverflowError) as error:  # pickletools says so of what is no pickle
+                    stack.append(_Object.of(parts, parts if "TUPLE" in op.name else argument))
+                    objects += 1
+            if objects > OBJECTS or (stack and (stack[-1].count > OBJECTS or stack[-1].depth > DEPTH)):
+                raise pickle.UnpicklingError("objects without end")
+    except (ValueError, LookupError, OverflowError, TypeError, AttributeError) as error:
+        # pickletools says so of what is no pickle; the others come of opcodes that have nothing to work on
         raise pickle.UnpicklingError(str(error)) from error
+    return asked
 
 
-def check_old_format(file: BinaryIO) -> int:
-    """Check the pickles that stand before the values in a file of torch's old format; returns how many storages it has."""
-    for _ in range(4):
-        check_pickle(file)
+class _Object(NamedTuple):
+    """One on a pickle's stack: how many objects are in it, how deep, and its parts if it is a tuple, else its argument."""
+
+    count: int
+    depth: int
+    value: object
+
+    @classmethod
+    def of(cls, parts: list["_Object"], value: object) -> "_Object":
+        deepest = max((part.depth for part in parts), default=0)
+        return cls(1 + sum(part.count for part in parts), 1 + deepest, value)
+
+
+def check_old_format(file: BinaryIO, size: int) -> int:
+    """Check the pickles before the values in a file of `size` bytes of torch's old format; returns how many storages it has.
+
+    Raises UnpicklingError, and ValueError for a storage that is larger than the file, which torch would make first.
+    """
+    for pid in [pid for _ in range(4) for pid in check_pickle(file)]:
+        if not (len(pid) == 6 and isinstance(pid[4], int) and pid[4] <= size):
+            raise ValueError("it asks for more values than it has")
     try:
         ops = list(pickletools.genops(file))
     except ValueError as error:
@@ -102,7 +124,31 @@ def check_arrays(path: str | Path) -> None:
                 version = np.lib.format.read_magic(file)
                 if version not in ARRAY_HEADERS:
                     raise ValueError(f"{info.filename} is of the format {version}, which is not known")
-                shape, _, dtype = ARRAY_HEADERS[version](file)
+                try:
+                    shape, _, dtype = ARRAY_HEADERS[version](file)
+                except (MemoryError, RecursionError) as error:  # of Python's parser, which reads it
+                    raise ValueError(f"the header of {info.filename} is nested without end") from error
                 told = math.prod(shape) * dtype.itemsize
                 if file.tell() + told != info.file_size:
                     raise ValueError(f"{info.filename} has {info.file_size - file.tell()} bytes for {told}")
+
+
+def check_content(content: object, size: int) -> None:
+    """ValueError for what was read from `size` bytes and is nested without end, or has tensors of many times as many bytes.
+
+    A list may hold itself, and strides of 0 make much of little.
+    """
+    level, objects, inside = [content], 0, 0
+    for _ in range(DEPTH):
+        inside += sum(value.nbytes for value in level if isinstance(value, torch.Tensor))
+        inner = [each.values() if isinstance(each, Mapping) else each for each in level if isinstance(each, CONTAINERS)]
+        objects += sum(map(len, inner))
+        if objects > OBJECTS:
+            break
+        level = list(itertools.chain.from_iterable(inner))
+        if not level:
+            break
+    if level:
+        raise ValueError("its objects are nested without end")
+    if inside > UNPACKED * size:
+        raise ValueError(f"its tensors have {inside / size:.0f} times as many bytes as the file")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+BOMB = 1200  # MB
 CANARY = "canary-of-the-fuzzer"  # a file that code of a mutant would make in the working folder
 
 
@@ -303,29 +304,29 @@ def directory_repeated(chance: Chance, content: bytes) -> bytes:
 
 
 @cache
-def zeros(megabytes: int) -> tuple[bytes, int]:
-    """That many MB of zeros deflated, and their checksum."""
+def zeros() -> tuple[bytes, int]:
+    """A bomb's MB of zeros deflated, and their checksum."""
     packer, block, crc = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(2**20), 0
     one_block = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
-    for _ in range(megabytes):
+    for _ in range(BOMB):
         crc = zlib.crc32(block, crc)
-    return one_block * megabytes + packer.flush(), crc
+    return one_block * BOMB + packer.flush(), crc
 
 
 def bomb(chance: Chance, content: bytes) -> bytes:
-    """One entry unpacks to 2 GB, by what it says and in truth."""
+    """One entry unpacks to more than a reader may take, by what it says and in truth."""
     entries = unpack(content)
     place = chance.choice(
         [place for place, (info, _) in enumerate(entries) if "/data/" in info.filename or ".npy" in info.filename]
     )
-    name, (deflated, crc) = entries[place][0].filename.encode(), zeros(2048)
+    name, (deflated, crc) = entries[place][0].filename.encode(), zeros()
     mark = zlib.compress(name)[:16].ljust(16, b"#")
     entries[place] = entries[place][0], mark
     entries[place][0].compress_type = zipfile.ZIP_STORED
     content = pack(entries)
     data = content.index(mark)
     header = data - len(name) - 30
-    fields = struct.pack("<III", crc, len(deflated), 2048 * 2**20)
+    fields = struct.pack("<III", crc, len(deflated), BOMB * 2**20)
     content = content[: header + 8] + b"\x08\0" + content[header + 10 : header + 14] + fields + content[header + 26 :]
     content = content[:data] + deflated + content[data + len(mark) :]
     grown_by, end = len(deflated) - len(mark), content.rindex(b"PK\5\6")
@@ -707,11 +708,6 @@ def object_array(chance: Chance, content: bytes) -> bytes:
 # ---- which for which ----
 
 
-ARCHIVE = [*BYTES, *ZIP, *ZIP, *FOLDER, *[one(archive_pickle_changed)] * 24, one(bare_pickle)]
-TENSORS = [*BYTES, *FOLDER, *[one(header_changed)] * 20, one(floats_not_finite)]
-DESCRIPTION = [one(json_changed, ".json")] * 12
-
-
 def only(mutations: list[Mutation], suffix: str) -> list[Mutation]:
     """The mutations, of the files whose names end with `suffix`."""
 
@@ -724,6 +720,11 @@ def only(mutations: list[Mutation], suffix: str) -> list[Mutation]:
         return of_some
 
     return [restricted(mutation) for mutation in mutations]
+
+
+ARCHIVE = [*BYTES, *ZIP, *ZIP, *FOLDER, *[one(archive_pickle_changed)] * 24, one(bare_pickle)]
+TENSORS = [*BYTES, *FOLDER, *[one(header_changed)] * 20, one(floats_not_finite)]
+DESCRIPTION = [*[one(json_changed, ".json")] * 12, *only(FOLDER, ".json")]
 
 
 MUTATIONS: dict[str, list[Mutation]] = {

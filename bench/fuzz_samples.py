@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "C64": "complex64", "U16": "uint16", "U32": "uint32", "U64": "uint64"}  # fmt: skip
 STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
@@ -52,7 +52,7 @@ STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat1
 def tensor_of(content: bytes, dtype: str, shape: tuple, stride: tuple | None = None, offset: int = 0) -> torch.Tensor:
     kind = getattr(torch, dtype)
     flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0, dtype=kind)
-    return flat.reshape(shape) if stride is None else flat.as_strided(shape, stride, offset).clone()
+    return flat.reshape(shape) if stride is None else flat.as_strided(shape, stride, offset)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -72,6 +72,11 @@ def read_index(path: Path) -> dict[str, torch.Tensor]:
     return {key: read_safetensors(path.with_name(name))[key] for key, name in files.items()}
 
 
+class Ordered(collections.OrderedDict):
+    def __setstate__(self, state: object) -> None:
+        """A module's versions: not read."""
+
+
 class Structure(pickle._Unpickler):
     """A pickle of tensors with nothing callable but what puts a tensor together here.
 
@@ -83,7 +88,7 @@ class Structure(pickle._Unpickler):
         self.storage = storage
 
     def find_class(self, module: str, name: str):
-        known = {"OrderedDict": collections.OrderedDict, "_rebuild_tensor_v2": self.tensor, "_rebuild_tensor": self.tensor,
+        known = {"OrderedDict": Ordered, "_rebuild_tensor_v2": self.tensor, "_rebuild_tensor": self.tensor,
             "_rebuild_parameter": lambda tensor, *_: tensor, "Size": tuple}  # fmt: skip
         if module.startswith("torch") and name.endswith("Storage"):
             return STORAGES[name.removesuffix("Storage")]
@@ -93,6 +98,8 @@ class Structure(pickle._Unpickler):
 
     def persistent_load(self, pid: tuple):
         _, dtype, key, *_ = pid
+        if isinstance(dtype, torch.Tensor):  # torch.load asks what stands for a kind of storage for its dtype alone
+            dtype = str(dtype.dtype).removeprefix("torch.")
         return dtype, self.storage(key, dtype)
 
     def tensor(self, storage: tuple, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor | None:
@@ -113,7 +120,7 @@ def read_archive(path: Path) -> dict:
         def storage(key: str, dtype: str) -> bytes | None:
             try:
                 content = archive.read(f"{folder}data/{key}")
-            except (KeyError, zipfile.BadZipFile):
+            except (KeyError, UnicodeDecodeError, zipfile.BadZipFile):
                 return None  # right, where a reader did not look at it
             size = getattr(torch, dtype).itemsize
             return np.frombuffer(content, f"V{size}").byteswap().tobytes() if swapped and size > 1 else content
@@ -173,12 +180,21 @@ def npz_shapes(width: int, depth: int, heads: int, patches: int, patch: int, cla
 NPZ = npz_shapes(24, 3, 4, 16, 4, 5)
 
 
+def turned(kernel: np.ndarray) -> np.ndarray:
+    """A layer's weight as timm turns it, which it does by the number of axes alone; [out, in]."""
+    order = {2: (1, 0), 3: (2, 0, 1), 4: (3, 2, 0, 1)}[kernel.ndim]
+    kernel = kernel.transpose(order)
+    return kernel.reshape(kernel.shape[0], -1)
+
+
 def read_npz(path: Path) -> dict[str, torch.Tensor]:
     with np.load(path) as file:
         arrays = {key: file[key].astype(np.float32) for key in NPZ}
     for key, shape in NPZ.items():
         if re.search(r"(query|key|value)/", key):
             arrays[key] = arrays[key].reshape(shape)  # timm flattens it
+        elif key.endswith("out/kernel"):
+            continue
         assert arrays[key].shape == shape, f"{key} is {arrays[key].shape}"
     found = {"cls_token": arrays["cls"], "pos_embed": arrays["Transformer/posembed_input/pos_embedding"],
         "patch_embed.proj.weight": arrays["embedding/kernel"].transpose(3, 2, 0, 1),
@@ -194,7 +210,7 @@ def read_npz(path: Path) -> dict[str, torch.Tensor]:
         kernels = [arrays[f"{attention}{part}/kernel"].reshape(width, width).T for part in parts]
         found[ours + "attn.qkv.weight"] = np.concatenate(kernels)
         found[ours + "attn.qkv.bias"] = np.concatenate([arrays[f"{attention}{part}/bias"].ravel() for part in parts])
-        found[ours + "attn.proj.weight"] = arrays[attention + "out/kernel"].reshape(width, width).T
+        found[ours + "attn.proj.weight"] = turned(arrays[attention + "out/kernel"])
         found[ours + "attn.proj.bias"] = arrays[attention + "out/bias"]
         for number in (0, 1):
             dense = f"{theirs}MlpBlock_3/Dense_{number}/"

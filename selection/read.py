@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import re
 import sys
 import zipfile
@@ -115,7 +116,7 @@ def read_index(path: Path) -> dict[str, Path]:
 def _open_safetensors(path: Path, files: dict[str, Path], model_key: str) -> Weights:
     """The tensors of `files`, by the keys they have there; `path` is what the user named."""
     for key, file in files.items():
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path's own raises for a name that is too long
             raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
     headers = {file: _header(file) for file in dict.fromkeys(files.values())}
     for key, file in files.items():
@@ -202,6 +203,7 @@ def _data_entries(path: Path) -> list[_Entry] | None:
             if not re.fullmatch(r"[^/]+/data/[^/]+", info.filename):
                 others[info.filename.partition("/")[2]] = archive.read(info)
             elif info.file_size:
+                archive.open(info).close()  # zipfile compares what stands ahead of the bytes with its directory
                 entries.append(_Entry(_start(file, info), info.file_size, info.CRC))
     same_order = others.get("byteorder", b"little") == sys.byteorder.encode()
     return sorted(entries) if same_order else None
