@@ -123,23 +123,33 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
         check_arrays(path)
-        with _ExactCopies():
+        with _ExactCopies() as copies:
             model.load_pretrained(path)
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes numpy and zlib raise almost anything
         raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
-    return Weights.in_memory(model.state_dict(), "timm reads it")
+    # the head stays as it was made where the file has one of other classes
+    filled = {key: tensor for key, tensor in model.state_dict().items() if tensor.data_ptr() in copies.filled}
+    difference = _difference(shapes_of(filled), model)
+    if difference:
+        raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
+    return Weights.in_memory(filled, "timm reads it")
 
 
 class _ExactCopies(TorchFunctionMode):
-    """Refuses what timm's reader would spread over, or convert to, the model's tensor: ValueError."""
+    """Refuses what timm's reader would spread over, or convert to, the model's tensor: ValueError. Notes what it fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled = set()  # addresses
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ == "copy_":
             target, array = args
             if array.shape != target.shape or array.dtype not in FLOATING:
                 raise ValueError(f"an array of {array.dtype} {list(array.shape)} stands for {list(target.shape)}")
+            self.filled.add(target.data_ptr())
         return function(*args, **(kwargs or {}))
 
 

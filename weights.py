@@ -135,20 +135,18 @@ def _test_archive(path: Path) -> None:
         raise ValueError(f"its part {damaged} does not match its checksum")
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
-    """An archive of torch.save whose directory and pickle have been checked; for a damaged pickle zipfile raises."""
-    archive = zipfile.ZipFile(path)
-    try:
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive of torch.save whose directory and pickle have been checked; ValueError and zipfile's own otherwise."""
+    with zipfile.ZipFile(path) as archive:
         check_archive(archive, path.stat().st_size)
-        if len({info.filename.partition("/")[0] for info in archive.infolist()}) > 1:
+        names = archive.namelist()
+        if len({name.partition("/")[0] for name in names}) > 1:
             raise ValueError("it holds more than one folder")
-        for info in archive.infolist():
-            if info.filename.endswith("/data.pkl"):
-                check_pickle(io.BytesIO(archive.read(info)))
-    except BaseException:
-        archive.close()
-        raise
-    return archive
+        for name in names:
+            if name.endswith("/data.pkl"):
+                check_pickle(io.BytesIO(archive.read(name)))
+        yield archive
 
 
 def _read_old(path: Path) -> Mapping:

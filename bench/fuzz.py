@@ -38,7 +38,8 @@ import torch
 from bench import fuzz_mutations, fuzz_samples
 from utils import UserError, json_lines
 
-SECONDS = 5.0
+SECONDS = 5.0  # of the processor, for one reader
+HANGS = 40.0  # seconds, for all readers of a mutant and the second one
 MB = 2**20
 MEMORY = 1024 * MB
 ADDRESSES = 8192 * MB  # more than is there at the start: an allocation beyond fails, so that a bomb takes nobody along
@@ -206,12 +207,11 @@ def run(cases: list[Case], samples: dict[str, fuzz_samples.Sample], root: Path) 
         with os.fdopen(receiving) as lines:
             done, reason = 0, None
             while done < len(cases) and reason is None:
-                # readers of a kind follow each other, and the truth is found in between
-                ready, _, _ = select.select([lines], [], [], 8 * SECONDS)
+                ready, _, _ = select.select([lines], [], [], HANGS)
                 line = lines.readline() if ready else None
                 if line is None:
                     os.kill(child, signal.SIGKILL)
-                    reason = f"it hangs: no end after {8 * SECONDS:.0f} s"
+                    reason = f"it hangs: no end after {HANGS:.0f} s"
                 elif line == "":
                     reason = "the process ended"
                 elif "verdict" in (message := json.loads(line)):
