@@ -29,7 +29,6 @@ PUT, GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_
 TEXTS = re.compile(
     r"(PROTO )?EMPTY_LIST (\w*PUT )?(MARK (\w+(UNICODE|STRING) (\w*PUT )?)+APPENDS |\w+(UNICODE|STRING) (\w*PUT )?APPEND )*STOP"
 )
-
 ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -115,8 +114,9 @@ def check_old_format(file: BinaryIO, size: int) -> int:
     return len({argument for _, argument, _ in ops if isinstance(argument, str | bytes)})
 
 
-def check_arrays(path: str | Path) -> None:
-    """ValueError for a `.npz` with an array whose header tells of more or less than is there; its values are not read."""
+def check_arrays(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a `.npz`'s arrays, whose values are not read; ValueError where one's header tells other than is there."""
+    shapes = {}
     with zipfile.ZipFile(path) as archive:
         check_archive(archive, Path(path).stat().st_size)
         for info in archive.infolist():
@@ -131,6 +131,8 @@ def check_arrays(path: str | Path) -> None:
                 told = math.prod(shape) * dtype.itemsize
                 if file.tell() + told != info.file_size:
                     raise ValueError(f"{info.filename} has {info.file_size - file.tell()} bytes for {told}")
+                shapes[info.filename.removesuffix(".npy")] = shape
+    return shapes
 
 
 def check_content(content: object, size: int) -> None:

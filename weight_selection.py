@@ -11,6 +11,7 @@ if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ DEFAULT_TEACHER = {
     "mixer": "mixer_b16_224",
     "resnet": "resnet34",
 }
+LARGEST_PATCH = 64  # pixels on a side
 # timm's readers of released files in other layouts
 CONVERTERS = {
     "vit": vision_transformer.checkpoint_filter_fn,
@@ -103,6 +105,7 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
 
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
     """Weights of another layout as timm reads them for this model."""
+    _check_kernels(weights.shapes, option)
     converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
     try:
         converted = Weights.in_memory(converter(dict(weights), model), "timm converts its layout")
@@ -122,10 +125,10 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
-        check_arrays(path)
+        _check_kernels(check_arrays(path), option)
         with _ExactCopies() as copies:
             model.load_pretrained(path)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # on damaged bytes numpy and zlib raise almost anything
         raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
@@ -135,6 +138,14 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     if difference:
         raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
     return Weights.in_memory(filled, "timm reads it")
+
+
+def _check_kernels(shapes: Mapping[str, tuple[int, ...]], option: str) -> None:
+    """UserError for a kernel of patches much larger than any model's: timm's resizing grows with the square of its area."""
+    for key, shape in shapes.items():
+        sides = shape[:2] if key.endswith("/kernel") else shape[2:] if key.endswith(".weight") else ()
+        if len(shape) == 4 and math.prod(sides) > LARGEST_PATCH**2:
+            raise UserError(f"{option} has {key} {list(shape)}, a kernel larger than {LARGEST_PATCH} x {LARGEST_PATCH}")
 
 
 class _ExactCopies(TorchFunctionMode):

@@ -748,8 +748,9 @@ REWRITING = {change.__name__ for change in (entry_renamed, entry_is_link, entrie
 
 def mutant(kind: str, number: int, seed: int, files: dict[str, bytes]) -> tuple[str, Files]:
     """The name of a mutation and what it makes of the files; the same for the same kind, number and seed."""
-    mutation = MUTATIONS[kind][number % len(MUTATIONS[kind])]
-    return mutation.__name__, mutation(random.Random(f"{seed}/{kind}/{number}"), files)
+    chance = random.Random(f"{seed}/{kind}/{number}")
+    mutation = chance.choice(MUTATIONS[kind])
+    return mutation.__name__, mutation(chance, files)
 
 
 def put(files: Files, folder: Path) -> None:

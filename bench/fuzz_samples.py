@@ -89,7 +89,7 @@ class Structure(pickle._Unpickler):
 
     def find_class(self, module: str, name: str):
         known = {"OrderedDict": Ordered, "_rebuild_tensor_v2": self.tensor, "_rebuild_tensor": self.tensor,
-            "_rebuild_parameter": lambda tensor, *_: tensor, "Size": tuple}  # fmt: skip
+            "_rebuild_parameter": lambda tensor, *_: tensor, "Size": torch.Size}  # fmt: skip
         if module.startswith("torch") and name.endswith("Storage"):
             return STORAGES[name.removesuffix("Storage")]
         if module in ("torch", "torch._utils", "collections") and name in known:

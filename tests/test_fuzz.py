@@ -31,9 +31,9 @@ TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
 def test_no_mutant_of_any_kind_gets_through(capsys):
     verdicts = fuzz.fuzz(fuzz.all_cases(270, seed=0))
     assert capsys.readouterr().out == ""
-    assert len(verdicts) == 270
-    for kind, counted in fuzz.summary(verdicts).items():
-        assert counted["failed"] == 0 and counted["loaded"] > 0 and counted["refused"] > 10, kind
+    outcomes = [verdict.outcome for verdict in verdicts]
+    assert len(outcomes) == 270 and outcomes.count("loaded") > 30 and outcomes.count("refused") > 150
+    assert outcomes.count("failed") == 0
 
 
 def test_command_writes_its_counts_and_repeats_one_mutant(tmp_path, capsys):
@@ -102,7 +102,7 @@ def takes_memory(path, *_):
 
 
 def crashes(path, *_):
-    os.kill(os.getpid(), 11)
+    os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def crashes(path, *_):
         (takes_long, "it took "),
         (takes_memory, "MB, then"),
         (hangs, "it hangs: no end after 1 s"),
-        (crashes, "the process ended (status -11)"),
+        (crashes, "the process ended (status -9)"),
     ],
 )
 def test_judge_sees_a_reader_that(reader, said, monkeypatch, capsys):
@@ -282,6 +282,16 @@ def test_teacher_of_other_than_floating_point_is_refused(dtype, tmp_path):
         )
 
 
+def test_kernel_that_would_take_minutes_to_resize_is_refused(tmp_path):
+    kwargs = {"teacher_kwargs": fuzz_samples.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
+    tensors = {**fuzz_samples.MODELS[0].state_dict(), "patch_embed.proj.weight": torch.ones(24, 3, 65, 64)}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"has patch_embed.proj.weight \[24, 3, 65, 64\], a kernel larger than 64 x 64"):
+        weight_selection.initialize(
+            fuzz_samples.NAME, fuzz_samples.NAME, pretrained_path=str(tmp_path / "x.pth"), **kwargs
+        )
+
+
 def nested(depth):
     return [] if depth == 0 else [nested(depth - 1)]
 
@@ -362,6 +372,11 @@ def test_array_that_declares_other_than_it_has_is_refused(old, new, message, arr
     with pytest.raises(UserError) as caught:
         arrays(lambda content: content.replace(old, new, 1))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_array_of_large_patches_is_refused(arrays):
+    with pytest.raises(UserError, match=r"vit.npz has embedding/kernel \[65, 64, 3, 24\], a kernel larger than"):
+        arrays(**{"embedding/kernel": np.ones((65, 64, 3, 24), np.float32)})
 
 
 def test_head_of_other_classes_is_not_made_up(arrays):
