@@ -24,6 +24,7 @@ PLAIN = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? (?!Q)\w+Storage|"
     r"torch Size|torch (?!q)[a-z]\w*|(builtins|__builtin__) (set|complex)"
 )
+GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what is below on the stack
 PUT, GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
 # a list of texts and nothing else, as the last pickle of torch's old format is
 TEXTS = re.compile(
@@ -74,7 +75,8 @@ def check_pickle(file: BinaryIO) -> list:
                 if op.name == "BINPERSID":
                     asked.append([part.value for part in parts[0].value])
                 if op.stack_after:
-                    stack.append(_Object.of(parts, parts if "TUPLE" in op.name else argument))
+                    below = parts.pop(0) if op.name in GROWING else _Object(0, 0, argument)
+                    stack.append(below.holding(parts, parts if "TUPLE" in op.name else argument))
                     objects += 1
             if objects > OBJECTS or (stack and (stack[-1].count > OBJECTS or stack[-1].depth > DEPTH)):
                 raise pickle.UnpicklingError("objects without end")
@@ -91,10 +93,9 @@ class _Object(NamedTuple):
     depth: int
     value: object
 
-    @classmethod
-    def of(cls, parts: list["_Object"], value: object) -> "_Object":
+    def holding(self, parts: list["_Object"], value: object) -> "_Object":
         deepest = max((part.depth for part in parts), default=0)
-        return cls(1 + sum(part.count for part in parts), 1 + deepest, value)
+        return _Object(1 + self.count + sum(part.count for part in parts), max(self.depth, 1 + deepest), value)
 
 
 def check_old_format(file: BinaryIO, size: int) -> int:

@@ -197,7 +197,9 @@ def test_key_nested_deeply_is_refused(tmp_path):
 def test_pickle_of_ten_million_objects_is_not_walked_through():
     with pytest.raises(pickle.UnpicklingError, match="objects without end"):
         check_pickle(io.BytesIO(b"\x80\2" + fuzz_mutations.nested_tuples(24) + b"."))
-    assert check_pickle(io.BytesIO(pickle.dumps({"betas": (0.9, 0.999)}, protocol=2))) == []
+    one_by_one = b"\x80\2]" + b"K\1a" * 1000 + b"."
+    for intact in (pickle.dumps([{"betas": (0.9, 0.999)}] + [1] * 150_000, protocol=2), one_by_one):
+        assert check_pickle(io.BytesIO(intact)) == []
 
 
 @pytest.mark.parametrize("name", ["bytearray", "Tensor"])
