@@ -16,7 +16,7 @@ import torch
 
 DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
 UNPACKED = 20  # times its own size may a file hold; trained weights hardly compress
-OBJECTS = 10**7  # in a pickle, those that are there several times counted as often
+OBJECTS = 3 * 10**6  # in a pickle, those that are there several times counted as often
 DEPTH = 100  # of objects in objects
 CONTAINERS = (Mapping, list, tuple)
 # what torch.save writes for tensors and for plain values; torch.load would call a few more, that make tensors of any size

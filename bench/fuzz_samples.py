@@ -52,7 +52,12 @@ STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat1
 def tensor_of(content: bytes, dtype: str, shape: tuple, stride: tuple | None = None, offset: int = 0) -> torch.Tensor:
     kind = getattr(torch, dtype)
     flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0, dtype=kind)
-    return flat.reshape(shape) if stride is None else flat.as_strided(shape, stride, offset)
+    if stride is None:
+        return flat.reshape(shape)
+    if 0 in shape:
+        return flat[:0].reshape(shape)
+    # the step along an axis of one is never taken, and may be anything
+    return flat.as_strided(shape, [step if side > 1 else 1 for side, step in zip(shape, stride, strict=True)], offset)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

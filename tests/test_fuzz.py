@@ -22,12 +22,14 @@ from selection.read import open_weights
 from utils import UserError
 from weights import read_initialization, read_weights, write_initialization
 
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
 
 
 # ---- mutants ----
 
 
+@linux
 def test_no_mutant_of_any_kind_gets_through(capsys):
     verdicts = fuzz.fuzz(fuzz.all_cases(270, seed=0))
     assert capsys.readouterr().out == ""
@@ -36,6 +38,7 @@ def test_no_mutant_of_any_kind_gets_through(capsys):
     assert outcomes.count("failed") == 0
 
 
+@linux
 def test_command_writes_its_counts_and_repeats_one_mutant(tmp_path, capsys):
     assert fuzz.main(["--mutants", "9", "--out", str(tmp_path / "fuzz.json")]) == 0
     result = json.loads((tmp_path / "fuzz.json").read_text())
@@ -105,6 +108,7 @@ def crashes(path, *_):
     os.kill(os.getpid(), 9)
 
 
+@linux
 @pytest.mark.parametrize(
     ("reader", "said"),
     [
@@ -130,6 +134,7 @@ def test_judge_sees_a_reader_that(reader, said, monkeypatch, capsys):
     assert all(said in verdict.said for verdict in verdicts) and "--only '.pth/0'" in capsys.readouterr().out
 
 
+@linux
 def test_judge_passes_untouched_files(monkeypatch):
     assert [verdict.outcome for verdict in only_with(monkeypatch, read_weights)] == ["loaded"] * 2
 
@@ -194,7 +199,7 @@ def test_key_nested_deeply_is_refused(tmp_path):
     refused(rewritten(tmp_path / "x.pth", lambda _: b"\x80\2}K\1" + b"\x85" * 10**6 + b"Ns."), r"x\.pth is refused")
 
 
-def test_pickle_of_ten_million_objects_is_not_walked_through():
+def test_pickle_of_millions_of_objects_is_not_walked_through():
     with pytest.raises(pickle.UnpicklingError, match="objects without end"):
         check_pickle(io.BytesIO(b"\x80\2" + fuzz_mutations.nested_tuples(24) + b"."))
     one_by_one = b"\x80\2]" + b"K\1a" * 1000 + b"."
