@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import checkpoint
 import models
 import weight_selection
 import weights
+from bench.fuzz_mutations import text
 from selection import read as selection_read
 from selection.tensors import select
 from utils import UserError
@@ -149,7 +151,8 @@ def read_old(path: Path) -> dict:
     contents = {}
     for key in Structure(file, no_storage).load():
         count = int.from_bytes(file.read(8), "little")
-        contents[key] = file.read(count * getattr(torch, dtypes[key]).itemsize)
+        # torch multiplies in 64 bits
+        contents[key] = file.read(count * getattr(torch, dtypes[key]).itemsize % 2**64)
     file.seek(start)
     return Structure(file, lambda key, _: contents[key]).load()
 
@@ -346,6 +349,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
     def foreign_truth(read: Callable[[Path], dict]) -> Callable[[Path, bool], dict]:
         return lambda path, rewritten: read(path)
 
+    old = written(lambda folder: torch.save(teacher, folder / "o.pth", _use_new_zipfile_serialization=False))
     return {
         "initialization .pth": Sample(pair("vit.pth"), lambda path, rewritten: student, initialization),
         "initialization .safetensors": Sample(pair("vit.safetensors"), lambda path, rewritten: student, initialization),
@@ -360,11 +364,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
         ".bin, nested": Sample(
             written(lambda folder: torch.save(nested, folder / "w.bin")), foreign_truth(read_torch), selecting
         ),
-        ".pth, old": Sample(
-            written(lambda folder: torch.save(teacher, folder / "o.pth", _use_new_zipfile_serialization=False)),
-            foreign_truth(read_torch),
-            foreign,
-        ),
+        ".pth, old": Sample({"o.pth": with_fixed_keys(old["o.pth"])}, foreign_truth(read_torch), foreign),
         ".safetensors": Sample(
             written(lambda folder: safetensors.torch.save_file(teacher, folder / "w.safetensors")),
             foreign_truth(read_safetensors),
@@ -377,6 +377,27 @@ def make_samples(folder: Path) -> dict[str, Sample]:
             {"open_weights": by_open_weights, "weight_selection": by_selection},
         ),
     }
+
+
+def with_fixed_keys(content: bytes) -> bytes:
+    """A file of float32 in torch's old format whose storages are named by their order, not by where in memory they were."""
+    file, ends = io.BytesIO(content), []
+    for _ in range(5):
+        ops = list(pickletools.genops(file))
+        ends.append(file.tell())
+        if len(ends) == 4:
+            names = dict.fromkeys(name for _, name, _ in ops if isinstance(name, str) and name.isdigit())
+    tensors = content[ends[2] : ends[3]]
+    keys = pickle.loads(content[ends[3] : ends[4]])
+    blocks = {}
+    for key in keys:
+        count = file.read(8)
+        blocks[key] = count + file.read(4 * int.from_bytes(count, "little"))
+    fixed = {key: f"{number:08}" for number, key in enumerate(names)}
+    for key, name in fixed.items():
+        tensors = tensors.replace(text(key), text(name))
+    listed = pickle.dumps(list(fixed.values()), protocol=2)
+    return content[: ends[2]] + tensors + listed + b"".join(blocks[key] for key in fixed)
 
 
 def describe() -> dict:
