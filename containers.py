@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -51,10 +51,11 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
 def check_pickle(file: BinaryIO) -> list:
     """Read one pickle's opcodes, without doing what they say; returns the ids of the storages that it asks for.
 
-    Raises UnpicklingError for one that names anything but what tensors are put together with, or whose tuples are nested
-    deeply, or hold many more objects than there are opcodes: as the key of a mapping such a one would take for ever.
+    Raises UnpicklingError for one that names anything but what tensors are put together with, and for objects that hold
+    themselves, are nested deeply or hold many more than there are opcodes: who hashes or prints such a one has no end.
     """
-    stack, marks, memo, asked, objects = [], [], {}, [], 0
+    stack, marks, memo, asked = [], [], {}, []
+    total = _Object(None)
     try:
         for op, argument, _ in pickletools.genops(file):
             if op.name == "GLOBAL" and not PLAIN.fullmatch(argument):
@@ -63,7 +64,8 @@ def check_pickle(file: BinaryIO) -> list:
                 memo[len(memo) if argument is None else argument] = stack[-1]
             elif op.name in GET:
                 stack.append(memo[argument])
-                objects += stack[-1].count
+                stack[-1].is_shared = True
+                total.take(stack[-1:])
             elif op.name == "MARK":
                 marks.append(len(stack))
             else:
@@ -75,10 +77,12 @@ def check_pickle(file: BinaryIO) -> list:
                 if op.name == "BINPERSID":
                     asked.append([part.value for part in parts[0].value])
                 if op.stack_after:
-                    below = parts.pop(0) if op.name in GROWING else _Object(0, 0, argument)
-                    stack.append(below.holding(parts, parts if "TUPLE" in op.name else argument))
-                    objects += 1
-            if objects > OBJECTS or (stack and (stack[-1].count > OBJECTS or stack[-1].depth > DEPTH)):
+                    made = parts.pop(0) if op.name in GROWING else _Object(parts if "TUPLE" in op.name else argument)
+                    if made.is_shared and op.name in GROWING:  # what holds it has been counted
+                        raise pickle.UnpicklingError("an object grows where it is")
+                    made.take(parts)
+                    stack.append(made)
+            if total.count > OBJECTS or (stack and (stack[-1].count > OBJECTS or stack[-1].depth > DEPTH)):
                 raise pickle.UnpicklingError("objects without end")
     except (ValueError, LookupError, OverflowError, TypeError, AttributeError) as error:
         # pickletools says so of what is no pickle; the others come of opcodes that have nothing to work on
@@ -86,16 +90,15 @@ def check_pickle(file: BinaryIO) -> list:
     return asked
 
 
-class _Object(NamedTuple):
+class _Object:
     """One on a pickle's stack: how many objects are in it, how deep, and its parts if it is a tuple, else its argument."""
 
-    count: int
-    depth: int
-    value: object
+    def __init__(self, value: object):
+        self.value, self.count, self.depth, self.is_shared = value, 1, 1, False
 
-    def holding(self, parts: list["_Object"], value: object) -> "_Object":
-        deepest = max((part.depth for part in parts), default=0)
-        return _Object(1 + self.count + sum(part.count for part in parts), max(self.depth, 1 + deepest), value)
+    def take(self, parts: list["_Object"]) -> None:
+        self.count += sum(part.count for part in parts)
+        self.depth = max([self.depth, *(1 + part.depth for part in parts)])
 
 
 def check_old_format(file: BinaryIO, size: int) -> int:
@@ -137,21 +140,11 @@ def check_arrays(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_content(content: object, size: int) -> None:
-    """ValueError for what was read from `size` bytes and is nested without end, or has tensors of many times as many bytes.
-
-    A list may hold itself, and strides of 0 make much of little.
-    """
-    level, objects, inside = [content], 0, 0
-    for _ in range(DEPTH):
+    """ValueError where the tensors read from `size` bytes have many times as many: strides of 0 make much of little."""
+    level, inside = [content], 0
+    while level:
         inside += sum(value.nbytes for value in level if isinstance(value, torch.Tensor))
         inner = [each.values() if isinstance(each, Mapping) else each for each in level if isinstance(each, CONTAINERS)]
-        objects += sum(map(len, inner))
-        if objects > OBJECTS:
-            break
         level = list(itertools.chain.from_iterable(inner))
-        if not level:
-            break
-    if level:
-        raise ValueError("its objects are nested without end")
     if inside > UNPACKED * size:
         raise ValueError(f"its tensors have {inside / size:.0f} times as many bytes as the file")

@@ -440,6 +440,8 @@ BOMBS = [
     nested_tuples(40),
     nested_tuples(4, 60),
     nested_lists(60),
+    nested_lists(60) + b")R",
+    nested_lists(60) + b")\x81",
     b"]q\xc8h\xc8a",  # a list that holds itself
     b"}q\xc8" + text("model") + b"h\xc8s",
     b"]" * 20000 + b"a" * 19999,

@@ -197,12 +197,13 @@ def turned(kernel: np.ndarray) -> np.ndarray:
 
 def read_npz(path: Path) -> dict[str, torch.Tensor]:
     with np.load(path) as file:
-        arrays = {key: file[key].astype(np.float32) for key in NPZ}
-    for key, shape in NPZ.items():
+        arrays = {key: file[key].astype(np.float32) for key in NPZ if not key.startswith("head/")}
+    for key in arrays:
+        shape = NPZ[key]
         if re.search(r"(query|key|value)/", key):
             arrays[key] = arrays[key].reshape(shape)  # timm flattens it
-        elif key.endswith("out/kernel") or key.startswith("head/"):
-            continue  # timm turns the one by its number of axes, and leaves out a head of other classes
+        elif key.endswith("out/kernel"):
+            continue  # timm turns it by its number of axes
         assert arrays[key].shape == shape, f"{key} is {arrays[key].shape}"
     found = {"cls_token": arrays["cls"], "pos_embed": arrays["Transformer/posembed_input/pos_embedding"],
         "patch_embed.proj.weight": arrays["embedding/kernel"].transpose(3, 2, 0, 1),
