@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets import Images
 from distributed import node_leader, of_all_ranks, rank
+from stopping import leave_to_parent
 from utils import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,13 @@ class CachedImages:
     """Decoded images in one piece of memory; as of `datasets.Images`, `[i]` is (PIL image in RGB, class index).
 
     `sizes` int32 [images, 2]: the heights and widths that the pixels have. `shapes` [images, 2]: those that the images
-    had, which differ where the cache was given a size.
+    had, which differ where the cache was given a size. `labels` int64 [images]: those of the images that were decoded,
+    which may stand for others that cannot be.
     """
 
-    def __init__(self, images: Images, memory: SharedMemory, sizes: np.ndarray, shapes: np.ndarray):
+    def __init__(self, images: Images, memory: SharedMemory, sizes: np.ndarray, shapes: np.ndarray, labels: np.ndarray):
         self.name, self.classes, self.class_names = images.name, images.classes, images.class_names
-        self._labels, self._memory, self.sizes, self.shapes = images.targets(), memory, sizes, shapes
+        self._memory, self.sizes, self.shapes, self._labels = memory, sizes, shapes, labels
         self._starts = np.concatenate([[0], np.cumsum(3 * sizes.astype(np.int64).prod(axis=1))])
 
     def __len__(self) -> int:
@@ -100,7 +102,7 @@ class CachedImages:
 
 
 class _Decoded(Dataset):
-    """An image's pixels, uint8 [height, width, 3], as they go into a cache, and the (height, width) that it came in."""
+    """An image's pixels, uint8 [height, width, 3], as a cache keeps them, the (height, width) it came in, its label."""
 
     def __init__(self, images: Images, prepare: Callable[[Image.Image], Image.Image] | None):
         self.images, self.prepare = images, prepare
@@ -108,10 +110,10 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        image, _ = self.images[index]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int], int]:
+        image, label = self.images[index]
         shape = image.height, image.width
-        return np.asarray(self.prepare(image) if self.prepare else image), shape
+        return np.asarray(self.prepare(image) if self.prepare else image), shape, label
 
 
 class Shrink:
@@ -129,10 +131,10 @@ class Shrink:
         return image.resize([round(side * self.size / short) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def _joined(decoded: list) -> tuple[bytes, np.ndarray, np.ndarray]:
-    pixels, shapes = zip(*decoded, strict=True)
+def _joined(decoded: list) -> tuple[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    pixels, shapes, labels = zip(*decoded, strict=True)
     sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int32)
-    return b"".join(image.tobytes() for image in pixels), sizes, np.array(shapes, dtype=np.int32)
+    return b"".join(image.tobytes() for image in pixels), (sizes, np.array(shapes, np.int32), np.array(labels))
 
 
 def cache_images(
@@ -149,7 +151,7 @@ def cache_images(
             made = _decode_all(images, prepare, num_workers)
         except UserError as error:
             problem = error
-    found = of_all_ranks((made and (made[0].name, *made[1:]), problem is not None))
+    found = of_all_ranks((made and (made[0].name, *made[1:]), problem is not None), patiently=True)
     if problem:
         raise problem
     if any(failed for _, failed in found):
@@ -164,20 +166,22 @@ def cache_images(
     return CachedImages(images, *made)
 
 
-def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory, np.ndarray, np.ndarray]:
-    """The pixels of all images one behind the other, the sizes that they have and those that the images had."""
-    start, sizes, shapes, written = time.monotonic(), [], [], 0
+def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory, *tuple[np.ndarray, ...]]:
+    """The pixels of all images one behind the other, the sizes that they have, those that the images had, the labels."""
+    start, facts, decoded_images, written = time.monotonic(), [], 0, 0
     memory, free = SharedMemory.new(), free_memory(torch.device("cpu"))
     decoded = _Decoded(images, prepare)
-    chunks = DataLoader(decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator())
-    for pixels, chunk_sizes, chunk_shapes in chunks:
-        sizes.append(chunk_sizes)
-        shapes.append(chunk_shapes)
+    chunks = DataLoader(
+        decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator(), worker_init_fn=leave_to_parent
+    )  # fmt: skip
+    for pixels, chunk in chunks:
+        facts.append(chunk)
         written += len(pixels)
-        check_fits(images, written / sum(map(len, sizes)) * len(images), free, "of memory")
+        decoded_images += len(chunk[0])
+        check_fits(images, written / decoded_images * len(images), free, "of memory")
         memory.write(pixels)
     log.info("%d images decoded: %.2f GiB, %.0f s", len(images), written / GIB, time.monotonic() - start)
-    return memory.mapped(), np.concatenate(sizes), np.concatenate(shapes)
+    return memory.mapped(), *map(np.concatenate, zip(*facts, strict=True))
 
 
 def check_fits(images: Images, needed: float, free: int, what: str) -> None:

@@ -216,27 +216,33 @@ def row(summary: dict, decimals: int) -> list[str]:
     ]
 
 
+def markdown(rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in rows]
+
+
 def table(summaries: list[dict], metric: str) -> str:
     """The Markdown table, the baseline first, and the line that says how to read it."""
     decimals, unit = (1, " %") if "acc" in metric else (3, "")
     head = f"group|n|best {metric}{unit}|last {metric}{unit}|epochs to the baseline's last|gain, same seed".split("|")
-    rows = [head, ["---", *["---:"] * 5], *(row(summary, decimals) for summary in summaries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in rows]
+    lines = markdown([head, ["---", *["---:"] * 5], *(row(summary, decimals) for summary in summaries)])
     end = f"{summaries[0]['last']['mean']:.{decimals}f}{unit}"
     note = f"Mean ± sample standard deviation over n seeds. Baseline: {summaries[0]['label']}, which ends at {end}."
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def draw(summaries: list[dict], metric: str, path: Path) -> None:
-    """Write the curves: mean over seeds, band of one standard deviation."""
+def new_figure(**options):
+    """A matplotlib figure, without a window; CompareError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise CompareError("--plot needs the package matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+        raise CompareError("a figure needs the package matplotlib: pip install matplotlib") from error
+    return Figure(layout="constrained", **options)
+
+
+def plot_curves(axes, summaries: list[dict], metric: str) -> None:
+    """Draw into `axes` the mean over seeds, and a band of one standard deviation, of each group."""
     for index, summary in enumerate(summaries):
         colour, style = COLOURS[index % len(COLOURS)], LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
         # a dollar sign would start a formula
@@ -251,10 +257,17 @@ def draw(summaries: list[dict], metric: str, path: Path) -> None:
     axes.set_xlabel("epoch", fontsize=13)
     axes.set_ylabel("test accuracy, %" if metric == "test_acc1" else metric, fontsize=13)
     axes.tick_params(labelsize=12)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=12, frameon=False)
+
+
+def draw(summaries: list[dict], metric: str, path: Path) -> None:
+    """Write the curves: mean over seeds, band of one standard deviation."""
+    figure = new_figure(figsize=(8, 5))
+    axes = figure.add_subplot()
+    plot_curves(axes, summaries, metric)
     axes.set_title("mean over seeds, band: ± 1 standard deviation", fontsize=11, loc="left", color="#555555")
     figure.savefig(path, dpi=150)
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from utils import UserError, first_line
 
+PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: downloads, decoding a data set
+_patient_group = None
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -68,8 +71,12 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, dist_url: str = "env://"):
-    """Inside, the processes that torchrun or torch.distributed.launch started can talk; afterwards they part."""
+def process_group(device: torch.device, dist_url: str = "env://", timeout: float = 600):
+    """Inside, the processes that torchrun or torch.distributed.launch started can talk; afterwards they part.
+
+    One that does not answer for `timeout` seconds, or fails, ends the others with UserError.
+    """
+    global _patient_group
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
             raise UserError(
@@ -77,23 +84,43 @@ def process_group(device: torch.device, dist_url: str = "env://"):
             )
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=dist_url,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        device_id=device if device.type == "cuda" else None,
-        timeout=timedelta(hours=2),  # the others wait while rank 0 downloads
-    )
+    store = _store_of_this_attempt() if dist_url == "env://" else None
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=None if store else dist_url,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=timeout),
+        )
+        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(f"the processes could not connect with each other ({first_line(error)})") from error
     try:
         yield
     except RuntimeError as error:
+        if re.search("[Tt]imed out|operation timeout", str(error)):
+            reason = f"another process did not answer for --dist_timeout {timeout:g} s"
+            raise UserError(f"{reason} ({first_line(error)})") from error
         if isinstance(error, dist.DistError) or re.search("Connection (closed|reset)|gloo", str(error)):
             raise UserError(f"another process failed, its message says why ({first_line(error)})") from error
         raise
     # only here: after a failure it would wait for work that never ends, and the reason be said too late
     dist.destroy_process_group()
+    _patient_group = None
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """The launcher's own store, without what processes that it has restarted since left there; None if it has none.
+
+    Else the new processes would take the addresses of the old ones (pytorch issue 135712).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextlib.contextmanager
@@ -103,7 +130,7 @@ def main_first():
     Where it fails with UserError on rank 0, which says why, the others end without a word.
     """
     if not is_main():
-        if of_all_ranks(False)[0]:
+        if of_all_ranks(False, patiently=True)[0]:
             raise SystemExit(1)
         yield
         return
@@ -112,16 +139,21 @@ def main_first():
         yield
         failed = False
     finally:
-        of_all_ranks(failed)
+        of_all_ranks(failed, patiently=True)
 
 
-def of_all_ranks(value) -> list:
-    """This value of each rank, in their order; plain values only."""
+def of_all_ranks(value, *, patiently: bool = False) -> list:
+    """This value of each rank, in their order; plain values only. `patiently`: one of them may take hours."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient_group if patiently else None)
     return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is true on a rank; the host waits for the device."""
+    return bool(all_sum(torch.tensor(float(flag), device=device))) if dist.is_initialized() else flag
 
 
 def share_buffers(module: nn.Module) -> None:

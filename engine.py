@@ -11,11 +11,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import rank, share_buffers, world_size
+from distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
 from loader import ahead
 from metrics import DeviceSums, Speed, count_in_top
 from optim_factory import set_schedules
-from utils import Stream, UserError, derive_seed
+from utils import Stopped, Stream, UserError, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ class Trainer:
     seed: int = 0
     log_freq: int = 10
     channels_last: bool = False
+    save_freq: int | None = None  # updates between saves within an epoch
+    asked_to_stop: Callable[[], bool] = lambda: False  # this rank; all end when one is
     compiles: bool = False  # the next update compiles the model, which is reported and not counted into the speed
     skips_in_a_row: Tensor = field(init=False)  # [] updates that were not applied, up to now
 
@@ -102,52 +104,82 @@ class Trainer:
         state = {"model": self.bare_model.state_dict()}
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
-        return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict()}
+        scaler = {"scaler": self.precision.scaler.state_dict(), "skips_in_a_row": int(self.skips_in_a_row)}
+        return state | {"optimizer": self.optimizer.state_dict()} | scaler
+
+    def load_state(self, state: dict) -> None:
+        """Take what `state` gave, but for the weights, which the model has had since before it was compiled."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.skips_in_a_row += state.get("skips_in_a_row", 0)
 
 
 def layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def train_one_epoch(
-    trainer: Trainer, batches, *, epoch: int, first_step: int, steps: int, report: Callable
-) -> dict[str, float]:
-    """Train for the updates `first_step` … `first_step + steps - 1` and return the epoch's means over all ranks.
+@dataclass
+class Progress:
+    """Where a run is: `done` updates into `epoch`, what was summed over these, and the best figures of earlier epochs."""
 
-    `batches` yields `steps * update_freq` batches of (images [batch, 3, H, W], class numbers [batch]). Every
-    `log_freq` updates, and at the end, the host waits for the device once: `report(step, lr, means, images_per_second)`
-    is called, and a loss or gradient that was not finite (its update was not applied) ends the run with UserError
-    on all ranks.
+    epoch: int = 0
+    done: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def train_one_epoch(
+    trainer: Trainer, batches, progress: Progress, *, steps: int, report: Callable, save: Callable = lambda: None
+) -> dict[str, float]:
+    """Train for what is left of an epoch of `steps` updates and return its means over all ranks.
+
+    `batches` yields `(steps - progress.done) * update_freq` batches of (images [batch, 3, H, W], class numbers
+    [batch]). Every `log_freq` updates, every `save_freq`, and at the end, the host waits for the device once. A loss
+    or gradient that was not finite (its update was not applied) ends the run then with UserError on all ranks; else
+    `progress` is brought up to date and `report(step, lr, means, images_per_second)` called. `save()` is, every
+    `save_freq` updates, and before all ranks raise Stopped because one was asked to stop.
     """
     trainer.model.train()
     device = trainer.precision.device
     source = ahead(batches, device)
-    sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad"), device)
+    window_sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", "stop"), device)
     longest = torch.zeros((), device=device)
-    totals, speed, compile_seconds = dict.fromkeys(sums.names, 0.0), Speed(world_size()), {}
-    for step in range(first_step, first_step + steps):
+    speed, compile_seconds, first_step = Speed(world_size()), {}, progress.epoch * steps
+    for done in range(progress.done + 1, steps + 1):
+        step = first_step + done - 1
         set_schedules(trainer.optimizer, trainer.lr[step], trainer.weight_decay[step])
         loss, correct, images = _accumulate_gradients(trainer, source, step)
         grad_norm = _update(trainer)
         bad_grad = ~grad_norm.isfinite()
         trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
         longest = torch.maximum(longest, trainer.skips_in_a_row)
-        sums.add(loss, correct, torch.where(bad_grad, 0.0, grad_norm), ~loss.isfinite(), bad_grad)
+        finite_norm = torch.where(bad_grad, 0.0, grad_norm)
+        window_sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, torch.zeros_like(loss))
         speed.add(images)
         if trainer.compiles:
             trainer.compiles = False
             loss.item()  # until the device is done
             compile_seconds = {"compile_seconds": speed.restart()}
             log.info("compiled: %.0f s for the first update", compile_seconds["compile_seconds"])
-        done = step + 1 - first_step
-        if done % trainer.log_freq == 0 or done == steps:
-            window = sums.read()
-            _stop_if_not_finite(trainer, window, longest, epoch, step)
-            totals = {name: totals[name] + window[name] for name in totals}
-            window_steps = (done - 1) % trainer.log_freq + 1
-            means = _means(window, window_steps, window_steps * images, trainer.mixer is None)
-            report(step, float(trainer.lr[step]), means, speed.read())
-    means = _means(totals, steps, steps * images, trainer.mixer is None)
+        save_is_due = trainer.save_freq and done % trainer.save_freq == 0
+        if done % trainer.log_freq == 0 or done == steps or save_is_due:
+            window_sums.values[-1] += trainer.asked_to_stop()
+            window = window_sums.read()
+            updates = done - progress.done
+            where = (
+                f"in the {updates} updates up to step {step} of epoch {progress.epoch}, at lr {trainer.lr[step]:.3g}"
+            )
+            _stop_if_not_finite(window, longest, trainer.precision.scales_loss, where)
+            figures = {"correct": window["correct"], "images": float(updates * images * world_size())}
+            figures |= {name: window[name] / world_size() for name in ("loss", "grad_norm")}
+            progress.sums |= {name: progress.sums.get(name, 0.0) + value for name, value in figures.items()}
+            progress.done = done
+            report(step, float(trainer.lr[step]), _means(figures, updates, trainer.mixer is None), speed.read())
+            if save_is_due or window["stop"]:
+                save()
+            if window["stop"]:
+                raise Stopped(f"after {done} of the {steps} updates of epoch {progress.epoch}", agreed=True)
+    means = _means(progress.sums, steps, trainer.mixer is None)
     schedules = _schedule_means(trainer, slice(first_step, first_step + steps))
     return means | schedules | {"images_per_second": speed.in_all()} | compile_seconds
 
@@ -200,30 +232,23 @@ def _update(trainer: Trainer) -> Tensor:
     return norm
 
 
-def _stop_if_not_finite(trainer: Trainer, window: dict[str, float], longest: Tensor, epoch: int, step: int) -> None:
-    """UserError on every rank if an update since the last log step was not finite; `window` is the same on all ranks."""
-    skips_allowed = trainer.precision.scales_loss
-    where = f"in the {trainer.log_freq} updates up to step {step} of epoch {epoch}, at lr {trainer.lr[step]:.3g}"
+def _stop_if_not_finite(window: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
+    """UserError on every rank if an update since the last reading was not finite; `window` is the same on all ranks."""
+    mend = "nothing of that was saved: try a lower --lr or --clip_grad 1"
     if window["bad_loss"]:
-        raise UserError(
-            f"the loss was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
-        )
+        raise UserError(f"the loss was not finite {where}; {mend}")
     if window["bad_grad"] and not skips_allowed:
-        raise UserError(
-            f"a gradient was not finite {where}; nothing of that was saved: try a lower --lr or --clip_grad 1"
-        )
+        raise UserError(f"a gradient was not finite {where}; {mend}")
     if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
         raise UserError(
             f"float16 gradients overflowed {int(longest.item())} times in a row {where}: try --amp_dtype bfloat16"
         )
 
 
-def _means(sums: dict[str, float], steps: int, images: int, hard_targets: bool) -> dict[str, float]:
-    """Means over ranks from sums over ranks: of `steps` updates and `images` images a rank."""
-    means = {"loss": sums["loss"] / (steps * world_size()), "grad_norm": sums["grad_norm"] / (steps * world_size())}
-    if hard_targets:
-        means["class_acc"] = sums["correct"] / (images * world_size())
-    return means
+def _means(sums: dict[str, float], steps: int, hard_targets: bool) -> dict[str, float]:
+    """Means over `steps` updates of what was summed over them, and over ranks."""
+    means = {name: sums[name] / steps for name in ("loss", "grad_norm")}
+    return means | ({"class_acc": sums["correct"] / sums["images"]} if hard_targets else {})
 
 
 def _schedule_means(trainer: Trainer, steps: slice) -> dict[str, float]:
@@ -239,18 +264,25 @@ def _schedule_means(trainer: Trainer, steps: slice) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches, precision: Precision, *, channels_last: bool = False, over_ranks: bool = True
-) -> dict[str, float]:
+    model: nn.Module, batches, precision: Precision, *, channels_last: bool = False, over_ranks: bool = True,
+    asked_to_stop: Callable[[], bool] | None = None, log_freq: int = 10
+) -> dict[str, float]:  # fmt: skip
     """Cross-entropy and top-1 and top-5 accuracy in percent over every image that the ranks' `batches` hold together.
 
     Sums and counts are added, never means, so that the shares of the ranks and the last batch may have any size.
-    With `over_ranks` false each rank has all images and no sum over ranks is taken.
+    With `over_ranks` false each rank has all images and no sum over ranks is taken. With `asked_to_stop`, every
+    `log_freq` batches the ranks look whether one of them was, and then all raise Stopped.
     """
     if over_ranks:
         share_buffers(model)  # batch norm's statistics differ between ranks, which have to measure one model
     model.eval()
     sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
-    for images, targets in ahead(batches, precision.device):
+    last_look = (
+        min(of_all_ranks(len(batches))) if asked_to_stop else 0
+    )  # a rank with a batch more than others has no one to ask
+    for number, (images, targets) in enumerate(ahead(batches, precision.device)):
+        if number < last_look and number % log_freq == 0 and any_rank(asked_to_stop(), precision.device):
+            raise Stopped("during the evaluation", agreed=True)
         images = images.contiguous(memory_format=layout(channels_last))
         with precision.autocast():
             logits = model(images)

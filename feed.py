@@ -11,6 +11,7 @@ import loader
 from augment import DeviceAugment
 from cache import CachedImages, Shrink, cache_images, check_fits, free_memory
 from datasets import Images
+from distributed import of_all_ranks
 from utils import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -64,6 +65,16 @@ def eval_batches(
         )
     share = resident_on(cached, device, workers["pin_memory"], np.array(indices))  # a card needs its own alone
     return EvaluationBatches(share, range(len(share)), batch_size, mean, std, device)
+
+
+def bad_of_all_ranks(images: Images) -> list[int]:
+    """The images that could not be read so far, by any process, ascending; from here on each skips all of them.
+
+    The same for each number of processes and workers once an epoch, or an evaluation, is through.
+    """
+    bad = sorted(set().union(*of_all_ranks(images.bad_images())))
+    images.mark_bad(bad)
+    return bad
 
 
 def resident_on(
@@ -135,6 +146,9 @@ class EvaluationBatches:
     ):  # fmt: skip
         self.pixels, self.indices, self.batch_size, self.device = pixels, np.array(indices), batch_size, device
         self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.indices), self.batch_size)

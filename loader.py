@@ -3,7 +3,6 @@
 import functools
 import os
 import random
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import transforms
 
 from datasets import Images
+from stopping import leave_to_parent
 from utils import Stream, UserError, derive_seed, permutation, seed_all
 
 
@@ -226,8 +226,7 @@ def ahead(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Ite
 
 
 def _start_worker(yielding: bool, _: int) -> None:
-    # a forked worker inherits the script's own Ctrl-C handler and would go on; torch ends a worker on this one
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_to_parent()
     if yielding:
         os.nice(19)
 

@@ -1,79 +1,96 @@
 """Train a small model, from selected weights or from random ones: options, data, model, optimizer, loop, in this order."""
 
-from options import mixes, training_options, without_effect
+from options import training_options, without_effect
 
 if __name__ == "__main__":
     training_options()  # -h and usage errors answer before torch is imported
 
 import argparse
 import contextlib
-import json
 import logging
-import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import datasets
 import distributed
-import feed
-import loader
-from checkpoint import (
-    BEST_CHECKPOINTS,
+import run_folder
+from assemble import (
+    fetch_once,
+    initialize,
+    load_data,
+    make_ema,
+    make_train_loader,
+    make_trainer,
+    make_val_loader,
+    make_writers,
+    pick,
+    plain,
+    set_determinism,
+)
+from checkpoint import BEST_CHECKPOINTS, find_checkpoint, save_checkpoint, save_numbered
+from datasets import Images
+from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
+from feed import bad_of_all_ranks
+from metrics import EpochLog, Reporter, WeightsAndBiases, summary
+from models import build_model
+from resume import (
     bring_best,
     check_same_data,
     check_same_optimizer,
     check_same_settings,
     check_unused,
-    find_checkpoint,
+    keep_total_batch,
     restore_weights,
-    save_epoch,
 )
-from engine import Precision, Trainer, evaluate, train_one_epoch
-from metrics import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
-from models import build_model, family_of, inherit
-from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from utils import UserError, environment, revision, run_script, seed_all, start_logging, write_atomically
-from weights import fetch, read_initialization
+from stopping import StopSignals
+from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
 
 log = logging.getLogger(__name__)
-
-RUN_FORMAT = "weight-selection run 1"
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, or with `--eval true` evaluate; returns the last epoch's line of log.txt, or what was measured."""
     options = training_options(argv)
     device = distributed.pick_device(options.device)
-    with distributed.process_group(device, options.dist_url):
+    with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
         start_logging(quiet=not distributed.is_main())
         for name in without_effect(options):
             log.warning("%s is accepted and has no effect", name)
-        return run(options, device)
+        with contextlib.ExitStack() as stack:
+            output_dir = Path(options.output_dir) if options.output_dir else None
+            if output_dir and not options.eval:  # an evaluation writes nothing
+                with distributed.main_first():
+                    if distributed.is_main():
+                        stack.enter_context(run_folder.opened(output_dir))
+            try:
+                return run(options, device, output_dir, stop)
+            except Stopped as stopped:
+                if distributed.is_main():
+                    reason = f"stopped by {stop.asked or 'a signal to another process'} {stopped}"
+                    log.warning("%s; the same command goes on from the last checkpoint", reason)
+                    if output_dir and not options.eval:
+                        run_folder.ask_for_more(output_dir, reason)
+                if stopped.agreed:  # a launcher ends all when one has ended, and the main one was still writing
+                    distributed.of_all_ranks(None)
+                raise
 
 
-def run(options: argparse.Namespace, device: torch.device) -> dict:
+def run(options: argparse.Namespace, device: torch.device, output_dir: Path | None, stop: StopSignals) -> dict:
     """One run, from its options to its last checkpoint."""
     set_determinism(options.deterministic)
-    # an evaluation writes nothing
-    output_dir = (
-        Path(options.output_dir) if options.eval and options.output_dir else make_output_dir(options.output_dir)
-    )
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     resume = str(fetch_once(options.resume)) if options.resume.startswith("https://") else options.resume
     found = find_checkpoint(resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
     path, saved = found or (None, None)
-    epochs_found = distributed.of_all_ranks(saved and saved["epoch"])
-    if len(set(epochs_found)) > 1:
-        listed = ", ".join("none" if epoch is None else f"epoch {epoch}" for epoch in epochs_found)
+    positions = distributed.of_all_ranks(saved and (saved["epoch"], saved["step"]))
+    if len(set(positions)) > 1:
+        listed = ", ".join("none" if place is None else f"step {place[1]} of epoch {place[0]}" for place in positions)
         raise UserError(f"the processes found different checkpoints ({listed}): all nodes have to share --output_dir")
     if saved and not options.eval:
+        options.update_freq = keep_total_batch(saved, plain(options), distributed.world_size())
         check_same_settings(path, saved, plain(options), distributed.world_size(), precision.name)
     elif output_dir and not options.eval:
         check_unused(output_dir, plain(options))
@@ -85,6 +102,8 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
     }
     if saved:
         check_same_data(path, saved, data)
+        if train_images and options.bad_images == "skip":
+            train_images.mark_bad(saved.get("bad_images", []))
     train_loader = make_train_loader(options, train_images, device) if train_images else None
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
@@ -107,210 +126,35 @@ def run(options: argparse.Namespace, device: torch.device) -> dict:
         log.info("%d images: %s", len(val_images), summary(record, {}))
         return record
 
-    trainer = make_trainer(options, model, ema, precision, num_classes, train_loader.batch_sampler.steps_per_epoch)
-    first_epoch, best = options.start_epoch, {}
+    steps = train_loader.batch_sampler.steps_per_epoch
+    trainer = make_trainer(options, model, ema, precision, num_classes, steps)
+    trainer.asked_to_stop = lambda: bool(stop.asked)
+    progress = Progress(options.start_epoch)
     if saved:
         check_same_optimizer(path, trainer.optimizer, saved["optimizer"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
-        precision.scaler.load_state_dict(saved["scaler"])
-        first_epoch = saved["epoch"] + 1
-        log.info("resumed after epoch %d from %s", saved["epoch"], path)
-    if first_epoch >= options.epochs:
+        trainer.load_state(saved)
+        progress = progress_of(saved, steps)
+        log.info("resumed from %s, after %d updates", path, saved["step"])
+    if progress.epoch >= options.epochs:
         log.info("nothing is left to do: %s is of the last epoch", path)
         return saved["metrics"]
-    if output_dir and distributed.is_main():
-        write_config(output_dir, options, source, device)
-        best = bring_best(path, saved, output_dir) if saved else {}
     origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source,
         "precision": precision.name, "data": data}  # fmt: skip
-    return train(options, output_dir, trainer, train_loader, val_loader, first_epoch, best, origin)
-
-
-# ---- set-up ----
-
-
-def set_determinism(wanted: bool) -> None:
-    """The same weights from the same seed on a GPU too, or the fastest kernels."""
-    torch.backends.cudnn.benchmark = not wanted
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
-
-
-def make_output_dir(name: str) -> Path | None:
-    """The run's folder, made and found writable; None when nothing is to be kept."""
-    if not name:
-        return None
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test.{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # a rank on another node may have the same number and be done with it
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
-    return folder
-
-
-def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, datasets.Images | None, int]:
-    """The images to train on and to evaluate on (None where not needed) and their number of classes."""
-
-    def load(train: bool) -> datasets.Images:
-        return datasets.load_images(
-            options.data_set,
-            options.data_path,
-            train,
-            eval_data_path=options.eval_data_path,
-            download=distributed.is_main(),
-            split=options.train_split if train else options.val_split,
-            input_key=options.input_key,
-            target_key=options.target_key,
+    if output_dir and distributed.is_main():
+        about = {"environment": environment(device, distributed.world_size()), "revision": revision()}
+        run_folder.write_config(output_dir, {"options": origin["options"], "initialization": source, **about})
+        progress.best = bring_best(path, saved, output_dir) if saved else {}
+    with stop.deferred():
+        return train(
+            options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin
         )
 
-    with distributed.main_first():
-        train_images = None if options.eval else load(True)
-        val_images = None if options.disable_eval else load(False)
-    if train_images and val_images:
-        datasets.check_same_classes(train_images, val_images)
-    num_classes = (train_images or val_images).classes
-    if options.nb_classes not in (None, num_classes):
-        raise UserError(f"--nb_classes {options.nb_classes}, but --data_set {options.data_set} has {num_classes}")
-    if train_images and options.data_fraction < 1:
-        train_images = datasets.fraction(train_images, options.data_fraction, options.seed)
-    return train_images, val_images, num_classes
 
-
-def make_train_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
-    """Augmented batches of this rank, in an order derived from the seed."""
-    world = distributed.world_size()
-    loader.check_batches(len(images), options.batch_size, options.update_freq, world)
-    order = loader.TrainBatches(
-        len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
-    )
-    return feed.train_batches(
-        images,
-        order,
-        augmentation=pick(options, "hflip color_jitter aa train_interpolation reprob remode recount"),
-        **pick(options, "augment cache_size seed"),
-        **data_way(options, device),
-    )
-
-
-def make_val_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
-    """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
-    share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
-    indices, batch_size = loader.shard(len(images), *share), int(1.5 * options.batch_size)
-    return feed.eval_batches(images, indices, batch_size, crop_pct=options.crop_pct, **data_way(options, device))
-
-
-def data_way(options: argparse.Namespace, device: torch.device) -> dict:
-    """What training and evaluation batches have in common."""
-    mean, std = loader.mean_and_std(options.imagenet_default_mean_and_std)
-    workers = {
-        "num_workers": options.num_workers,
-        "pin_memory": options.pin_mem and device.type == "cuda",
-        "yielding": device.type == "cpu",
-    }
-    return {"mean": mean, "std": std, "device": device, "workers": workers, **pick(options, "cache input_size")}
-
-
-def pick(options: argparse.Namespace, names: str) -> dict:
-    """The named options, for a function whose parameters are called like them."""
-    return {name: getattr(options, name) for name in names.split()}
-
-
-def fetch_once(url: str) -> Path:
-    """The local copy of a file at `https://…#sha256=…`, downloaded by one process."""
-    with distributed.main_first():
-        return fetch(url)
-
-
-def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
-    """Copy the weights of `--initialize` into the model; returns where they come from. UserError if they do not fit."""
-    location, family = options.initialize, family_of(model)
-    if location.startswith("https://"):
-        location = str(fetch_once(location))
-    tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
-    name = f"--initialize {source['path']}"
-    if source["family"] not in (None, family):
-        student = source["student"] if isinstance(source["student"], dict) else {}
-        made_for = student.get("model", source["family"])
-        raise UserError(f"{name} was made for {made_for}, but --model is {options.model}")
-    other_head = inherit(model, tensors, f"{name} does not fit --model {options.model}")
-    if other_head:
-        log.info("%s: %s is for other classes; the head starts from random values", name, ", ".join(other_head))
-    log.info("%s: %d tensors taken", name, len(tensors) - len(other_head))
-    return source
-
-
-def make_ema(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3:
-    return ModelEmaV3(model, decay=options.model_ema_decay, device="cpu" if options.model_ema_force_cpu else None)
-
-
-def make_trainer(
-    options, model: nn.Module, ema, precision: Precision, num_classes: int, steps_per_epoch: int
-) -> Trainer:
-    """Loss, optimizer, schedules and the model as it is called."""
-    if mixes(options):
-        criterion = SoftTargetCrossEntropy()  # the mixer smooths the labels
-    elif options.smoothing > 0:
-        criterion = LabelSmoothingCrossEntropy(options.smoothing)
-    else:
-        criterion = nn.CrossEntropyLoss()
-    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
-    optimizer = create_optimizer(
-        groups, options.opt, lr=options.lr, momentum=options.momentum, eps=options.opt_eps, betas=options.opt_betas
-    )
-    steps = options.epochs * steps_per_epoch
-    warmup = options.warmup_steps if options.warmup_steps > 0 else options.warmup_epochs * steps_per_epoch
-    if warmup > steps:
-        raise UserError(
-            f"--warmup_steps {warmup} is longer than the run: {options.epochs} epochs of {steps_per_epoch} updates"
-        )
-    decay_end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
-    if torch.distributed.is_initialized():
-        devices = [precision.device.index] if precision.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    mixing_options = pick(options, "mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode smoothing seed")
-    return Trainer(
-        model=model,
-        criterion=criterion,
-        optimizer=optimizer,
-        precision=precision,
-        lr=cosine_schedule(options.lr, options.min_lr, steps=steps, warmup_steps=warmup),
-        weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
-        mixer=loader.build_mixer(num_classes=num_classes, **mixing_options),
-        ema=ema,
-        compiles=options.compile,
-        **pick(options, "update_freq clip_grad seed log_freq channels_last"),
-    )
-
-
-def plain(options: argparse.Namespace) -> dict:
-    """The options as JSON would give them back."""
-    return json.loads(json.dumps(vars(options), default=str))
-
-
-def write_config(output_dir: Path, options: argparse.Namespace, source: dict | None, device: torch.device) -> None:
-    content = {
-        "format": RUN_FORMAT,
-        "options": plain(options),
-        "initialization": source,
-        "environment": environment(device, distributed.world_size()),
-        "revision": revision(),
-    }
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(output_dir / "config.json", text.encode())
-
-
-def make_writers(options: argparse.Namespace, output_dir: Path | None, first_step: int) -> list:
-    writers = [TensorBoard(options.log_dir, first_step)] if options.log_dir else []
-    if options.enable_wandb:
-        writers.append(WeightsAndBiases(options.project, plain(options), output_dir))
-    return writers
-
-
-# ---- the loop ----
+def progress_of(saved: dict, steps: int) -> Progress:
+    """Where a run of `steps` updates an epoch goes on from a checkpoint, within an epoch or at the start of one."""
+    if saved.get("sums"):
+        return Progress(saved["epoch"], saved["step"] - saved["epoch"] * steps, saved["sums"])
+    return Progress(saved["epoch"] + 1)
 
 
 def train(
@@ -319,50 +163,70 @@ def train(
     trainer: Trainer,
     train_loader,
     val_loader,
-    first_epoch: int,
-    best: dict[str, float],
+    images: tuple[Images, Images | None],
+    progress: Progress,
     origin: dict,
 ) -> dict:
-    """Every epoch: train, evaluate, log, save; returns the last line of log.txt.
+    """Every epoch that is left: train, evaluate, log, save; returns the last line of log.txt.
 
-    `best` holds the best figures so far, `origin` what each checkpoint says of the run: its options, data, precision.
+    `images` are those that the loaders load. `origin` is what each checkpoint says of the run: its options, data,
+    precision.
     """
     is_main, steps = distributed.is_main(), train_loader.batch_sampler.steps_per_epoch
-    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    n_parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters() if parameter.requires_grad)
     total_batch = options.batch_size * options.update_freq * distributed.world_size()
-    size = f"{options.model}: {n_parameters / 1e6:.2f}M parameters"
-    log.info("%s, %d updates of %d images an epoch, on %s", size, steps, total_batch, trainer.precision.device)
-    epoch_log = EpochLog(output_dir / "log.txt", first_epoch) if output_dir and is_main else None
-    bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
+    log.info("%s: %.2f M parameters, %d updates an epoch of %d images, on %s",
+        options.model, n_parameters / 1e6, steps, total_batch, trainer.precision.device)  # fmt: skip
+    epoch_log = EpochLog(output_dir / "log.txt", progress.epoch) if output_dir and is_main else None
+
+    def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
+        """The state within an epoch; with `metrics`, its line of log.txt, the state at its end, as the best where it is."""
+        progress.sums["seconds"] = time.monotonic() - began
+        bad = {"bad_images": bad_of_all_ranks(images[0])} if options.bad_images == "skip" else {}
+        if not (epoch_log and options.save_ckpt):
+            return
+        position = {"epoch": progress.epoch, "step": progress.epoch * steps + progress.done, "best": progress.best}
+        figures = {"sums": {} if metrics else progress.sums, "metrics": metrics or {}}
+        state = {**trainer.state(), **position, **figures, **bad, **origin}
+        for name in improved:
+            save_checkpoint(output_dir / BEST_CHECKPOINTS[name], state)
+        if not metrics or (progress.epoch + 1) % options.save_ckpt_freq == 0 or progress.epoch + 1 == options.epochs:
+            save_numbered(output_dir, state, keep=options.save_ckpt_num)
+
     with contextlib.ExitStack() as stack:
-        writers = make_writers(options, output_dir, first_epoch * steps) if is_main else []
+        writers = make_writers(options, output_dir, progress.epoch * steps + progress.done) if is_main else []
         for writer in writers:
             stack.callback(writer.close)
+        bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
         reporter = Reporter(options.epochs, steps, bar=bar, writers=writers)
         stack.callback(reporter.close)
-        for epoch in range(first_epoch, options.epochs):
-            start = time.monotonic()
-            reporter.start_epoch(epoch)
-            train_loader.batch_sampler.set_epoch(epoch)
-            means = train_one_epoch(
-                trainer, train_loader, epoch=epoch, first_step=epoch * steps, steps=steps, report=reporter.window
-            )
+        while progress.epoch < options.epochs:
+            began = time.monotonic() - progress.sums.get("seconds", 0.0)
+            reporter.start_epoch(progress.epoch, progress.done)
+            train_loader.batch_sampler.set_epoch(progress.epoch, progress.done)
+            means = train_one_epoch(trainer, train_loader, progress, steps=steps, report=reporter.window, save=save)
             record = {f"train_{name}": value for name, value in means.items()}
             if val_loader:
-                record |= evaluate_all(options, trainer.bare_model, trainer.ema, val_loader, trainer.precision)
-            record |= {"epoch": epoch, "step": (epoch + 1) * steps, "n_parameters": n_parameters}
-            record["epoch_seconds"] = time.monotonic() - start
-            improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > best.get(name, -1.0)]
-            best |= {name: record[name] for name in improved}
-            reporter.end_epoch(record, best)
+                try:
+                    record |= evaluate_all(
+                        options, trainer.bare_model, trainer.ema, val_loader, trainer.precision, trainer.asked_to_stop
+                    )
+                except Stopped:
+                    save()  # what comes back evaluates first
+                    raise
+            if options.bad_images == "skip":
+                of_parts = zip(("train", "test"), images, strict=True)
+                record |= {f"{part}_bad_images": len(bad_of_all_ranks(some)) for part, some in of_parts if some}
+            record |= {"epoch": progress.epoch, "step": (progress.epoch + 1) * steps, "n_parameters": n_parameters}
+            record["epoch_seconds"] = time.monotonic() - began
+            improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > progress.best.get(name, -1.0)]
+            progress.best |= {name: record[name] for name in improved}
+            reporter.end_epoch(record, progress.best)
             if epoch_log:
                 # before the checkpoint: a crash between the two repeats the epoch and writes its line anew
                 epoch_log.append(record)
-            if epoch_log and options.save_ckpt:
-                position = {"epoch": epoch, "step": record["step"], "metrics": record, "best": best}
-                due = (epoch + 1) % options.save_ckpt_freq == 0 or epoch + 1 == options.epochs
-                state = {**trainer.state(), **position, **origin}
-                save_epoch(output_dir, state, improved=improved, due=due, keep=options.save_ckpt_num)
+            save(record, improved)
+            progress.epoch, progress.done, progress.sums = progress.epoch + 1, 0, {}
         for writer in writers:
             if options.wandb_ckpt and isinstance(writer, WeightsAndBiases):
                 writer.store(output_dir / BEST_CHECKPOINTS["test_acc1"])
@@ -370,10 +234,11 @@ def train(
 
 
 def evaluate_all(
-    options: argparse.Namespace, model: nn.Module, ema, val_loader, precision: Precision
+    options: argparse.Namespace, model: torch.nn.Module, ema, val_loader, precision: Precision, asked_to_stop=None
 ) -> dict[str, float]:
     """test_loss, test_acc1 and test_acc5 of the model, and of its moving average where asked for."""
-    settings = {"channels_last": options.channels_last, "over_ranks": options.dist_eval}
+    settings = {"over_ranks": options.dist_eval, "asked_to_stop": asked_to_stop}
+    settings |= pick(options, "channels_last log_freq")
     record = {f"test_{name}": value for name, value in evaluate(model, val_loader, precision, **settings).items()}
     if ema is not None and options.model_ema_eval:
         average = evaluate(ema.module, val_loader, precision, **settings)

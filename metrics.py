@@ -120,21 +120,23 @@ class Reporter:
 
     def __init__(self, epochs: int, steps_per_epoch: int, *, bar: bool, writers: Sequence):
         self.epochs, self.steps, self.with_bar, self.writers = epochs, steps_per_epoch, bar, writers
-        self.epoch, self.start, self.bar = 0, 0.0, None
+        self.epoch, self.before, self.start, self.bar = 0, 0, 0.0, None
 
-    def start_epoch(self, epoch: int) -> None:
-        self.epoch, self.start = epoch, time.monotonic()
+    def start_epoch(self, epoch: int, done: int) -> None:
+        """`done`: updates of the epoch that an earlier process made."""
+        self.epoch, self.before, self.start = epoch, done, time.monotonic()
         if self.with_bar:
             from tqdm import tqdm
 
             name = f"epoch {epoch}/{self.epochs - 1}"
-            self.bar = tqdm(total=self.steps, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False)
+            shown = {"file": sys.stderr, "dynamic_ncols": True, "leave": False}
+            self.bar = tqdm(total=self.steps, initial=done, desc=name, unit="step", **shown)
 
     def window(self, step: int, lr: float, means: dict[str, float], images_per_second: float) -> None:
         """After an update whose figures were read: `means` are over the updates since the last call."""
         done = step + 1 - self.epoch * self.steps
-        epoch_seconds = (time.monotonic() - self.start) * self.steps / done
-        left = epoch_seconds * (self.epochs - self.epoch) - (time.monotonic() - self.start)
+        seconds_each = (time.monotonic() - self.start) / (done - self.before)
+        left = seconds_each * ((self.epochs - self.epoch) * self.steps - done)
         ending = f"lr {lr:.2e}, {images_per_second:.0f} img/s, {timedelta(seconds=int(left))} left"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {ending}")

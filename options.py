@@ -11,11 +11,12 @@ DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
 SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
-# what may differ when a run is resumed: the rest decides the weights that come out
+# what may differ when a run is resumed: the rest decides the weights that come out; bad_images too, but up to the first
+# bad image, which ends a run with one value, both give the same
 FREE_ON_RESUME = frozenset(
-    "auto_resume data_path device disable_eval dist_eval dist_on_itp dist_url enable_wandb eval eval_data_path local_rank "
-    "log_dir log_freq num_workers output_dir pin_mem progress project resplit resume save_ckpt save_ckpt_freq "
-    "save_ckpt_num start_epoch wandb_ckpt world_size".split()
+    "auto_resume bad_images data_path device disable_eval dist_eval dist_on_itp dist_timeout dist_url enable_wandb eval "
+    "eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project resplit resume save_ckpt "
+    "save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch wandb_ckpt world_size".split()
 )
 
 
@@ -219,6 +220,8 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--num_workers", default=10, type=count, help="processes that load images, for each training process")
     add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
 
+    add("--bad_images", default="fail", choices=("fail", "skip"), help="an image that cannot be read ends the run, or the "
+        "next one that can stands for it and the log counts it")  # fmt: skip
     add("--cache", default="none", choices=("none", "ram", "device"), help="decode all images once and keep them in "
         "memory that the processes of a node share, or on the training device")  # fmt: skip
     add("--cache_size", type=positive, metavar="PIXELS", help="short side of the cached images, if theirs is longer; "
@@ -310,6 +313,8 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--start_epoch", default=0, type=count, help="number of the first epoch, when nothing is resumed")
     add("--save_ckpt", type=boolean, default=True, help="write checkpoints")
     add("--save_ckpt_freq", default=1, type=positive, metavar="EPOCHS", help="between checkpoints")
+    add("--save_ckpt_steps", type=positive, metavar="UPDATES", help="between further checkpoints within an epoch "
+        "(default: none)")  # fmt: skip
     add("--save_ckpt_num", default=3, type=positive, help="how many to keep, beside the best")
     add(
         "--log_freq",
@@ -324,6 +329,8 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--project", default="convnext", help="its project")
     add("--wandb_ckpt", type=boolean, default=False, help="store the best checkpoint there")
 
+    add("--dist_timeout", default=600.0, type=number(float, 1), metavar="SECONDS", help="a process that does not answer "
+        "the others for so long ends them")  # fmt: skip
     for name, kind, default in (
         ("world_size", int, 1),
         ("dist_url", str, "env://"),

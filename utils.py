@@ -13,12 +13,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 LONGEST_LINE = 1000  # of an error, in characters
+STOPPED = 75  # the exit code of a run that was asked to stop: sysexits.h's EX_TEMPFAIL, "try again later"
 
 
 class UserError(Exception):
@@ -30,6 +30,17 @@ class UserError(Exception):
     def __init__(self, message: str):
         line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in message[:LONGEST_LINE])
         super().__init__(line + "…" * (len(message) > LONGEST_LINE))
+
+
+class Stopped(BaseException):
+    """A run was asked to stop and did, after saving: what ends it passes through every `except Exception`.
+
+    `agreed`: all ranks ended at the same step.
+    """
+
+    def __init__(self, reason: str, *, agreed: bool = False):
+        super().__init__(reason)
+        self.agreed = agreed
 
 
 class Stream(enum.IntEnum):
@@ -77,19 +88,18 @@ def json_lines(value: object, levels: int) -> str:
     return "{\n" + textwrap.indent(",\n".join(entries), " ") + "\n}"
 
 
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Put `content`, or what it writes when it is called with a file, at `path`, which is the old or the new file."""
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Put `content` at `path`, which holds the old or the new file whatever happens. UserError where that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # a full disk shows as OSError in Python's own writes, as RuntimeError in torch.save
-        if isinstance(error, OSError | RuntimeError):
+        if isinstance(error, OSError):
             raise UserError(
                 f"{path} could not be written ({first_line(error)}); what was there before is untouched"
             ) from error
@@ -137,6 +147,8 @@ def run_script(main: Callable[[], object]) -> int:
     except torch.OutOfMemoryError as error:
         report(f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})")
         return 1
+    except Stopped:
+        return STOPPED
     except KeyboardInterrupt:
         return 130
     finally:

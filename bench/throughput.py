@@ -172,7 +172,7 @@ class Bench:
 
         def steps(count: int) -> None:
             batches = itertools.islice(source, count)  # no more than these: on a GPU one is fetched ahead
-            engine.train_one_epoch(trainer, batches, epoch=0, first_step=0, steps=count, report=lambda *_: None)
+            engine.train_one_epoch(trainer, batches, engine.Progress(), steps=count, report=lambda *_: None)
 
         return steps
 

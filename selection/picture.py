@@ -1,5 +1,6 @@
 """The picture of a plan that --plot draws: which layers and which slots of the teacher a student keeps."""
 
+import io
 import textwrap
 from collections.abc import Mapping
 from os import W_OK, access
@@ -55,7 +56,9 @@ def draw(description: Mapping, path: Path) -> None:
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     figure.set_size_inches(WIDTH / DPI, height / DPI)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=DPI)
+    write_atomically(path, drawn.getvalue())
 
 
 def _text(axes, x: float, y: float, words: str, *, size: float = 12, colour: str = INK, **looks) -> None:

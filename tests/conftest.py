@@ -1,5 +1,6 @@
 """What the tests share: small images on disk, and the command line of a run that takes a second."""
 
+import importlib.util
 import json
 import os
 import re
@@ -68,3 +69,30 @@ def tiny_run(image_folder, tmp_path):
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log.txt."""
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+def weights_of(folder: Path, name: str = "checkpoint-1.pth") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_equal_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a), max((a[key] - b[key]).abs().max() for key in a)
+
+
+def bench(name):
+    """The module bench/<name>.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[1] / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+survive = bench("survive")
+
+
+def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:
+    """A run of two processes forked from this one, which costs no start: the exit codes, and what they said to a file."""
+    said.unlink(missing_ok=True)
+    codes = survive.Job(list(map(str, argv)), 2, said).wait(120)
+    return codes, said.read_text()

@@ -52,6 +52,7 @@ PAIRS = {
         "vit_pe_core_tiny_patch16_384", {**EVA, "attn_pool_num_heads": 4}, {**SMALL_EVA, "attn_pool_num_heads": 3}
     ),
     "convnext": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, conv_mlp=False),
+    "convnext stem of stride 2": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, patch_size=2),
     "convnext v2": _pair("convnextv2_atto", CONVNEXT, SMALL_CONVNEXT),
     "convnext overlapping stem": _pair("convnext_atto_ols", CONVNEXT, SMALL_CONVNEXT),
     "convnext stem with activation": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, stem_type="overlap_act"),

@@ -1,20 +1,11 @@
 """The benchmarks run, and what they print is made of what they ran."""
 
-import importlib.util
 import json
 import multiprocessing
 import re
-from pathlib import Path
 
 import pytest
-
-
-def bench(name):
-    """The module bench/<name>.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[1] / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from conftest import bench
 
 
 def test_pairs_of_the_two_small_families_are_counted(tmp_path, capsys):

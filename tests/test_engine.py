@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-from engine import Precision, Trainer, evaluate, train_one_epoch
+from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
 from metrics import DeviceSums, EpochLog, count_in_top, summary
 from optim_factory import create_optimizer
 from utils import UserError
@@ -44,7 +44,7 @@ def make_trainer(model, steps=4, *, dtype=None, opt="adamw", lr=0.1, **settings)
 
 def train(trainer, batches, steps=None, report=lambda *_: None):
     return train_one_epoch(
-        trainer, batches, epoch=0, first_step=0, steps=steps or len(batches) // trainer.update_freq, report=report
+        trainer, batches, Progress(), steps=steps or len(batches) // trainer.update_freq, report=report
     )
 
 
@@ -353,5 +353,5 @@ def test_host_waits_only_at_log_steps_on_cuda(dtype):
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         stack.callback(setattr, DeviceSums, "read", real)
         DeviceSums.read = read
-        train_one_epoch(trainer, batches[:1], epoch=0, first_step=0, steps=1, report=report)  # first use builds handles
-        train_one_epoch(trainer, batches[1:], epoch=0, first_step=1, steps=8, report=report)
+        train_one_epoch(trainer, batches[:1], Progress(), steps=1, report=report)  # first use builds handles
+        train_one_epoch(trainer, batches[1:], Progress(done=1), steps=9, report=report)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import weights
-from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_epoch
+from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
 from utils import UserError, write_atomically
 from weights import find_initialization, read_initialization, read_weights, write_initialization
 
@@ -219,30 +219,20 @@ def test_url_is_fetched_once_and_checked(tmp_path, monkeypatch):
 # ---- writing ----
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+@pytest.mark.parametrize(
+    ("step", "error", "raised"),
+    [("fsync", OSError(28, "No space left on device"), UserError), ("replace", KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_write_that_fails_leaves_the_old_file_and_no_other(step, error, raised, tmp_path, monkeypatch):
     path = tmp_path / "x.pth"
     path.write_text("old")
 
-    def fail(file):
-        file.write(b"new, but not all of it")
-        raise OSError(28, "No space left on device")
+    def fail(*_):
+        raise error
 
-    with pytest.raises(UserError, match=r"x\.pth could not be written .*No space left.*untouched"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.pth"
-    path.write_text("old")
-
-    def interrupt(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, interrupt)
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(raised, match=r"(x\.pth could not be written .*No space left.*untouched)?"):
+        write_atomically(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -255,7 +245,7 @@ def state_of(epoch):
 
 def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, caplog):
     for epoch in (8, 9, 10):
-        save_epoch(tmp_path, state_of(epoch), improved=["test_acc1"], due=True, keep=5)
+        save_numbered(tmp_path, state_of(epoch), keep=5)
     newest = tmp_path / "checkpoint-10.pth"
     assert find_checkpoint("", tmp_path, auto_resume=True, training=True)[0] == newest
     newest.write_bytes(newest.read_bytes()[:-200])
@@ -269,15 +259,22 @@ def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, c
 
 
 def test_oldest_checkpoints_go_and_the_best_stays(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-best.pth", state_of(2))
     for epoch in range(12):
-        improved = ["test_acc1"] if epoch == 2 else []
-        save_epoch(tmp_path, state_of(epoch), improved=improved, due=epoch % 2 == 1, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-11.pth",
-        "checkpoint-9.pth",
-        "checkpoint-best.pth",
-    ]
-    assert read_checkpoint(tmp_path / "checkpoint-best.pth")["epoch"] == 2
+        save_numbered(tmp_path, state_of(epoch), keep=2)
+    within = {"sums": {"loss": 1.0}}
+    for step in (1230, 1240):
+        save_numbered(tmp_path, state_of(12) | {"step": step} | within, keep=3)
+    names = ["checkpoint-12-1240.pth", "checkpoint-12-1230.pth", "checkpoint-11.pth"]
+    assert [path.name for path in numbered_checkpoints(tmp_path)] == names
+    save_numbered(tmp_path, state_of(12) | {"step": 1300}, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-12.pth", "checkpoint-best.pth"}
+
+
+def test_files_of_later_states_outlive_those_of_an_earlier_one(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-7.pth", state_of(7))
+    save_numbered(tmp_path, state_of(3), keep=1)
+    assert [path.name for path in numbered_checkpoints(tmp_path)] == ["checkpoint-7.pth", "checkpoint-3.pth"]
 
 
 def test_second_run_in_the_folder_of_another_is_refused(tmp_path):

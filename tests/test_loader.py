@@ -12,6 +12,7 @@ from PIL import Image
 
 import datasets
 import loader
+import stopping
 from utils import UserError
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_values.json").read_text())["transforms"]
@@ -207,19 +208,17 @@ def test_training_workers_persist_and_evaluation_workers_do_not():
     assert not evaluation.persistent_workers
 
 
-def test_worker_takes_ctrl_c_although_the_script_has_its_own_handler():
+def test_workers_leave_signals_to_the_run():
     class Handler(torch.utils.data.Dataset):
         def __len__(self):
             return 1
 
         def __getitem__(self, index):
-            return int(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+            ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
+            return int(all(ignored) and signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
+    with stopping.StopSignals():
         assert next(iter(loader.make_loader(Handler(), batch_size=1, num_workers=1, pin_memory=False))).item() == 1
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --- evaluation

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import read_log, write_images
+from conftest import assert_equal_weights, read_log, weights_of, write_images
 from PIL import Image
 
 import main as script
@@ -20,15 +20,6 @@ LOG_KEYS = {  # the original's, for a run with mixup and without EMA
 }  # fmt: skip
 
 
-def weights_of(folder, name="checkpoint-1.pth"):
-    return torch.load(folder / name, weights_only=True)["model"]
-
-
-def assert_equal_weights(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a), max((a[key] - b[key]).abs().max() for key in a)
-
-
 # ---- a run and what it leaves ----
 
 
@@ -36,6 +27,7 @@ def test_run_leaves_config_log_and_checkpoints(tiny_run, tmp_path, image_folder)
     record = script.main(tiny_run())
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "config.json",
         "log.txt",
         "checkpoint-0.pth",
@@ -96,158 +88,6 @@ def test_loss_falls_on_images_that_can_be_told_apart(tiny_run, tmp_path):
     assert lines[-1]["train_loss"] < 0.6 * lines[0]["train_loss"]
     assert lines[-1]["train_class_acc"] > lines[0]["train_class_acc"]
     assert lines[-1]["test_acc1"] >= 90
-
-
-# ---- resuming ----
-
-EXTRAS = {
-    "plain": [],
-    "everything": ["--model_ema", "true", "--model_ema_decay", "0.9", "--model_ema_eval", "true", "--update_freq", "2", "--clip_grad", "1",
-        "--drop_path", "0.2", "--weight_decay_end", "0.2", "--use_amp", "true", "--amp_dtype", "bfloat16", "--layer_decay", "0.8", "--batch_size", "4"],
-    "workers": ["--num_workers", "2"],
-    "float16": ["--use_amp", "true", "--amp_dtype", "float16"],
-}  # fmt: skip
-
-
-def interrupt_after(monkeypatch, epoch):
-    """Let a run die in the middle of the epoch after `epoch`."""
-    real = script.train_one_epoch
-
-    def dying(*args, **kwargs):
-        if kwargs["epoch"] > epoch:
-            raise RuntimeError("the plug is pulled")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(script, "train_one_epoch", dying)
-
-
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(extra, tiny_run, tmp_path, monkeypatch):
-    options = [*EXTRAS[extra], "--epochs", "3"]
-    script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        interrupt_after(patch, 0)
-        script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
-    script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
-    whole, cut = (torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("whole", "cut"))
-    for part in ("model", "model_ema") if extra == "everything" else ("model",):
-        assert_equal_weights(whole[part], cut[part])
-    moments = [state["optimizer"]["state"][0]["exp_avg_sq"] for state in (whole, cut)]
-    assert torch.equal(*moments) and whole["scaler"] == cut["scaler"] and whole["best"] == cut["best"]
-    timeless = [
-        [
-            {k: v for k, v in line.items() if "seconds" not in k and "second" not in k}
-            for line in read_log(tmp_path / name)
-        ]
-        for name in ("whole", "cut")
-    ]
-    assert timeless[0] == timeless[1]
-
-
-def test_best_is_kept_across_a_resume(tiny_run, tmp_path, monkeypatch):
-    accuracies = iter([70.0, 60.0, 65.0])
-    real = script.evaluate
-    monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": next(accuracies)})
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        interrupt_after(patch, 1)
-        script.main(tiny_run("--epochs", "3"))
-    script.main(tiny_run("--epochs", "3"))
-    best = torch.load(tmp_path / "run" / "checkpoint-best.pth", weights_only=True)
-    assert (best["epoch"], best["best"]["test_acc1"]) == (0, 70.0)
-    assert torch.load(tmp_path / "run" / "checkpoint-2.pth", weights_only=True)["best"]["test_acc1"] == 70.0
-
-
-def test_crash_between_log_and_checkpoint_leaves_each_epoch_once(tiny_run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(script, "save_epoch", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("the plug is pulled")))
-        script.main(tiny_run())
-    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0]
-    script.main(tiny_run())
-    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1]
-
-
-def test_finished_run_is_left_alone(tiny_run, tmp_path, caplog):
-    first = script.main(tiny_run())
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    assert script.main(tiny_run()) == first
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-
-
-def test_resume_names_a_file_and_starts_a_new_folder(tiny_run, tmp_path):
-    script.main(tiny_run(output_dir=tmp_path / "a"))
-    script.main(tiny_run("--resume", tmp_path / "a" / "checkpoint-0.pth", output_dir=tmp_path / "b"))
-    assert [line["epoch"] for line in read_log(tmp_path / "b")] == [1]
-    assert_equal_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
-
-
-def test_resuming_with_other_settings_names_them_and_changes_nothing(tiny_run, tmp_path):
-    script.main(tiny_run("--epochs", "2"))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(UserError, match=r"other settings: --mixup was 0\.8, is 0\.0, --lr was 0\.001, is 0\.5"):
-        script.main(tiny_run("--lr", "0.5", "--mixup", "0"))
-    with pytest.raises(UserError, match=r"--initialize was , is vit\.pth"):
-        script.main(tiny_run("--initialize", "vit.pth"))
-    with pytest.raises(UserError, match=r"processes x --update_freq was 1 x 1, is 1 x 2"):
-        script.main(tiny_run("--update_freq", "2"))
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-
-
-def test_run_of_another_precision_is_not_resumed(tiny_run):
-    amp = ["--use_amp", "true", "--epochs", "1"]
-    script.main(tiny_run(*amp, "--amp_dtype", "bfloat16"))
-    with pytest.raises(UserError, match=r"the precision was bfloat16, is float16 \(--device, --use_amp, --amp_dtype\)"):
-        script.main(tiny_run(*amp, "--amp_dtype", "float16"))
-
-
-def test_log_of_a_run_without_checkpoints_is_not_overwritten(tiny_run, tmp_path):
-    script.main(tiny_run("--save_ckpt", "false"))
-    before = (tmp_path / "run" / "log.txt").read_bytes()
-    for more in (["--save_ckpt", "false"], ["--lr", "0.5"]):
-        with pytest.raises(UserError, match=r"run has the log\.txt of another run: name another folder"):
-            script.main(tiny_run(*more))
-    assert (tmp_path / "run" / "log.txt").read_bytes() == before
-
-
-def test_best_checkpoint_comes_along_into_another_folder(tiny_run, tmp_path, monkeypatch):
-    real, accuracies = script.evaluate, iter([70.0, 60.0, 65.0, 50.0, 55.0])
-    monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": next(accuracies)})
-    script.main(tiny_run("--epochs", "3", output_dir=tmp_path / "a"))
-    script.main(tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-1.pth", output_dir=tmp_path / "b"))
-    assert torch.load(tmp_path / "b" / "checkpoint-best.pth", weights_only=True)["metrics"]["test_acc1"] == 70.0
-    (tmp_path / "a" / "checkpoint-best.pth").unlink()  # without it the best is counted anew, with a file to show
-    script.main(tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-1.pth", output_dir=tmp_path / "c"))
-    assert torch.load(tmp_path / "c" / "checkpoint-best.pth", weights_only=True)["metrics"]["test_acc1"] == 55.0
-
-
-def test_resuming_on_other_data_names_the_difference(tiny_run, tmp_path, image_folder):
-    script.main(tiny_run("--epochs", "2"))
-    write_images(tmp_path / "d", "train", {"dark": 14, "grey": 13, "light": 12})
-    write_images(tmp_path / "d", "val", {"dark": 4, "grey": 4, "light": 3})
-    with pytest.raises(UserError, match="other data: its training images were 40, not 39"):
-        script.main(tiny_run("--data_path", tmp_path / "d"))
-    write_images(tmp_path / "e", "val", {"a": 4, "b": 4, "c": 3})
-    with pytest.raises(UserError, match="its classes were .*dark.*, not .*'a', 'b', 'c'"):
-        script.main(tiny_run("--data_path", tmp_path / "e", "--eval", "true"))
-
-
-def test_optimizer_state_of_other_shapes_is_refused(tiny_run, tmp_path):
-    script.main(tiny_run("--epochs", "2"))
-    (tmp_path / "run" / "checkpoint-1.pth").unlink()
-    state = torch.load(tmp_path / "run" / "checkpoint-0.pth", weights_only=True)
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
-    torch.save(state, tmp_path / "run" / "checkpoint-0.pth")
-    with pytest.raises(UserError, match=r"checkpoint-0\.pth: the optimizer's state does not fit"):
-        script.main(tiny_run("--epochs", "2"))
-
-
-def test_evaluation_makes_no_folder(tiny_run, tmp_path):
-    script.main(tiny_run("--eval", "true", output_dir=tmp_path / "typo"))
-    assert not (tmp_path / "typo").exists()
-
-
-def test_settings_that_decide_nothing_may_change(tiny_run):
-    script.main(tiny_run("--epochs", "1"))
-    script.main(tiny_run("--epochs", "1", "--num_workers", "1", "--log_freq", "3", "--progress", "false"))
 
 
 # ---- evaluation ----
@@ -382,7 +222,7 @@ def test_initialization_that_does_not_fit_names_the_keys(change, message, initia
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=message):
         script.main(tiny_run("--initialize", tmp_path / "x.pth"))
-    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "run").glob("[!.]*"))
 
 
 def test_initialization_for_another_model_is_named(initialization, tiny_run, tmp_path):

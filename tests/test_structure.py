@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[1]
 # a module imports only from lines above its own
 LINES = [
     ["utils", "options", "containers"],
-    ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops"],
-    ["metrics", "loader", "augment", "cache", "checkpoint", "selection"],
-    ["feed"],
+    ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops", "stopping"],
+    ["metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder"],
+    ["feed", "resume"],
     ["engine"],
+    ["assemble"],
     ["main", "weight_selection", "compare"],
 ]
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}

@@ -8,7 +8,10 @@ import safetensors.torch
 import timm
 import torch
 from conftest import convnext_as_released
+from timm.data import create_dataset, create_loader
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
 
 import models
 import weight_selection
@@ -187,6 +190,33 @@ def test_timm_and_torch_read_the_file(family, suffix, teacher_files, tmp_path):
     for model in (by_loader, overlay, by_torch):
         own = model.state_dict()
         assert all(torch.equal(own[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_the_file_trains_in_timms_hands(family, teacher_files, image_folder, tmp_path):
+    teacher, student, _ = PAIRS[family]
+    path = tmp_path / "init.pth"
+    weight_selection.main(["--output_dir", str(path), "--model_type", family, "--pretrained_model", teacher,
+        "--pretrained_path", teacher_files[family]])  # fmt: skip
+    name, kwargs = models.timm_arguments(student, {})
+    overlay = {"file": str(path)}
+    model = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **kwargs)
+    images = create_dataset("", root=str(image_folder), split="train")
+    batches = create_loader(
+        images, (3, 224, 224), batch_size=4, is_training=True, use_prefetcher=False, num_workers=0, interpolation="bicubic"
+    )  # fmt: skip
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    (pixels, labels), losses = next(iter(batches)), []
+    for _ in range(4):
+        loss = criterion(model(pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]  # of one batch, learnt by heart; nan is not less
+    inherited = torch.load(path, weights_only=True)
+    assert not any(torch.equal(model.state_dict()[key], value) for key, value in inherited.items() if "bias" in key)
 
 
 def test_description_tells_where_each_slot_came_from(small_teacher, tmp_path):

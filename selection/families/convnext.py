@@ -21,8 +21,9 @@ def axes(shapes: Shapes) -> dict[str, str]:
         r"(stages\.\d+\.blocks\.\d+\.mlp)\.(fc1\.bias|grn\.weight|grn\.bias)": r"\1",
         r"((stages\.\d+)\.blocks\.\d+\.mlp)\.fc2\.weight": r"\2 \1",
         r"(stages\.\d+)\.blocks\.\d+\.mlp\.fc2\.bias": r"\1",
-        **{rf"stages\.{s}\.downsample\.0\.(weight|bias)": f"stages.{s - 1}" for s in (1, 2, 3)},
-        **{rf"stages\.{s}\.downsample\.1\.weight": f"stages.{s} stages.{s - 1}" for s in (1, 2, 3)},
+        # behind a stem of stride 2 the first stage halves the image too, at the stem's width
+        **{rf"stages\.{s}\.downsample\.0\.(weight|bias)": f"stages.{max(s - 1, 0)}" for s in range(4)},
+        **{rf"stages\.{s}\.downsample\.1\.weight": f"stages.{s} stages.{max(s - 1, 0)}" for s in range(4)},
         r"(stages\.\d+)\.downsample\.1\.bias": r"\1",
         r"(norm_pre|head\.norm)\.(weight|bias)": "stages.3",
         r"(head\.pre_logits)\.fc\.weight": r"\1 stages.3",

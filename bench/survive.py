@@ -1,0 +1,248 @@
+"""Kills training runs by SIGKILL at random moments, resumes each to its end, and compares the weights bit for bit.
+
+    python bench/survive.py [--runs 100] [--out results/survive.json]
+
+Each run is killed one to three times: half of the kills at a random moment, half while a file is being written. Of two
+processes one or both are killed; the other has to end by itself. The runs are forked from this process, which has
+imported everything, so that a start takes no time and a run seconds: small models on images of noise, four epochs,
+saved every second update.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import main as script
+from checkpoint import numbered_checkpoints, read_checkpoint
+from utils import UserError, revision, run_script
+
+MODEL = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 --input_size 32 --drop_path 0.1"
+SCHEDULE = "--epochs 4 --warmup_epochs 1 --lr 1e-3 --save_ckpt_steps 2 --log_freq 3 --device cpu --progress false --dist_timeout 20"
+EXTRAS = "--model_ema true --model_ema_decay 0.9 --model_ema_eval true --clip_grad 1"
+VARIANTS = {
+    "1 process": (1, "--batch_size 8 --num_workers 0"),
+    "1 process, 2 workers": (1, "--batch_size 8 --num_workers 2"),
+    "1 process, augmented on the device": (1, "--batch_size 4 --update_freq 2 --num_workers 1 --augment device"),
+    "2 processes": (2, "--batch_size 4 --num_workers 0"),
+    "2 processes, worker, cache": (2, "--batch_size 4 --num_workers 1 --augment device --cache ram"),
+}
+END_SECONDS = 60  # within which the other process has to end after a kill
+
+
+def make_images(folder: Path) -> Path:
+    """48 training and 12 evaluation images of noise, of two classes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        for name in ("dark", "light"):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 128, (32, 32, 3)) + 100 * (name == "light")
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.jpg")
+    return folder
+
+
+class Job:
+    """A run of main.py in one or several processes, started as a launcher would; what they say goes to a file."""
+
+    def __init__(self, argv: list[str], processes: int, said: Path):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        self.said, self.processes = said, []
+        for rank in range(processes):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
+            environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
+            process = fork.Process(target=_run, args=(argv, environment, said))
+            process.start()
+            self.processes.append(process)
+
+    def send(self, number: int, ranks: list[int] | None = None) -> None:
+        for rank, process in enumerate(self.processes):
+            if process.is_alive() and (ranks is None or rank in ranks):
+                os.kill(process.pid, number)
+
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """The exit codes once all have ended; RuntimeError with what they said if they do not."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        if self.running():
+            self.send(signal.SIGKILL)
+            raise RuntimeError(f"still running after {seconds:g} s:\n{self.said.read_text()}")
+        return [process.exitcode for process in self.processes]
+
+
+def _run(argv: list[str], environment: dict[str, str], said: Path) -> None:
+    os.environ |= environment
+    file = open(said, "a", buffering=1)  # noqa: SIM115
+    for descriptor in (1, 2):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdout = sys.stderr = file
+    logging.root.handlers.clear()
+    sys.argv[0] = "main.py"
+    sys.exit(run_script(lambda: script.main(argv)))
+
+
+def weights(folder: Path) -> dict:
+    """What the last checkpoint holds of the training itself."""
+    state = read_checkpoint(numbered_checkpoints(folder)[0])
+    return {
+        name: state[name] for name in ("epoch", "step", "model", "model_ema", "optimizer", "scaler", "best", "sums")
+    }
+
+
+def same(a, b) -> bool:
+    """Whether two nested values are equal, tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines of log.txt without what differs from one time to another."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def being_written(folder: Path) -> Iterator[str]:
+    """The temporary files that are there."""
+    return (path.name for path in folder.glob(".*.tmp"))
+
+
+def kill(job: Job, folder: Path, draws: random.Random, longest: float) -> dict | None:
+    """Kill a run at a random moment; what was done, or None if it had ended before."""
+    in_write, ranks = draws.random() < 0.5, list(range(len(job.processes)))
+    if len(ranks) > 1 and draws.random() < 0.5:
+        ranks = [draws.choice(ranks)]
+    moment, passed = time.monotonic() + draws.uniform(0, longest), draws.randrange(8)
+    written, before = None, set()
+    while job.running():
+        if not in_write and time.monotonic() >= moment:
+            break
+        if in_write:
+            now = set(being_written(folder))
+            passed, written, before = passed - len(now - before), next(iter(now), None), now
+            if passed < 0 and now:
+                break
+        else:
+            time.sleep(0.001)
+    else:
+        return None
+    job.send(signal.SIGKILL, ranks)
+    start = time.monotonic()
+    codes = job.wait(END_SECONDS)
+    left = sorted(being_written(folder))
+    return {"ranks": ranks, "in_write": written if in_write else None, "left": left, "codes": codes,
+        "seconds": time.monotonic() - start}  # fmt: skip
+
+
+def survive(name: str, data: Path, reference: Path, work: Path, seed: int, longest: float) -> list[dict]:
+    """One run, killed and resumed until it is through; its kills. RuntimeError where it is not as if never stopped."""
+    processes, options = VARIANTS[name]
+    draws, kills = random.Random(seed), []
+    folder, said = work / f"run-{seed}", work / f"run-{seed}.txt"
+    argv = command(data, options, folder)
+    for _ in range(draws.randint(1, 3)):
+        while not (done := kill(Job(argv, processes, said), folder, draws, longest)):
+            shutil.rmtree(folder)  # it had ended before: anew
+            kills.clear()
+        kills.append(done)
+        for path in [*numbered_checkpoints(folder), *folder.glob("checkpoint-best*.pth")]:
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                raise RuntimeError(f"run {seed} ({name}): {error}") from error
+    codes = Job(argv, processes, said).wait(300)
+    if any(codes):
+        raise RuntimeError(f"run {seed} ({name}) ended with {codes}:\n{said.read_text()}")
+    if not (same(weights(folder), weights(reference)) and log_of(folder) == log_of(reference)):
+        raise RuntimeError(f"run {seed} ({name}): other weights or another log than without a kill, {kills}")
+    return kills
+
+
+def command(data: Path, options: str, folder: Path) -> list[str]:
+    fixed = f"{MODEL} {SCHEDULE} {EXTRAS} {options} --data_set image_folder --data_path {data} --output_dir {folder}"
+    return fixed.split()
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the benchmark; returns what the JSON holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=int, default=100)
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--seed", type=int, default=0)
+    add("--out", type=Path)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # this process forks: it must not have a pool of threads
+    results, start = {name: [] for name in options.variants}, time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        data, references, seconds = make_images(work / "images"), {}, {}
+        for name in options.variants:
+            processes, more = VARIANTS[name]
+            references[name], began = work / f"reference-{len(references)}", time.monotonic()
+            job = Job(command(data, more, references[name]), processes, work / "reference.txt")
+            if any(job.wait(300)):
+                raise RuntimeError((work / "reference.txt").read_text())
+            seconds[name] = time.monotonic() - began
+        for number in range(options.runs):
+            name = options.variants[number % len(options.variants)]
+            kills = survive(name, data, references[name], work, options.seed + number, seconds[name])
+            results[name].append(kills)
+            print(f"run {number}: {name}: {len(kills)} kills, weights and log equal", flush=True)
+    table = {}
+    for name, runs in results.items():
+        kills = [each for run in runs for each in run]
+        alone = [each["seconds"] for each in kills if len(each["ranks"]) < VARIANTS[name][0]]
+        table[name] = {
+            "runs": len(runs),
+            "kills": len(kills),
+            "in a write": sum(each["in_write"] is not None for each in kills),
+            "of them leaving half a file": sum(bool(each["left"]) for each in kills),
+            "one of two killed": len(alone),
+            "longest until the other ended, s": round(max(alone, default=0.0), 1),
+        }
+    result = {
+        "runs": table,
+        "all": "every run ended with the weights, the average, the optimizer and the log of the run that was not killed; "
+        "every checkpoint found after a kill could be read",
+        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, this code {revision()}",
+        "seconds": round(time.monotonic() - start),
+        "command": f"python bench/survive.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Makes the tables and the figures of a study from its folders alone.
+
+    python study/report.py results/study-cpu
+
+writes tables.md, curves-<question>.png and gains.png there and prints the tables. A study that is under way is reported
+as far as it is: n says how many seeds there are. Several folders, as from several sittings, are taken together.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).parents[1])  # in place of this folder
+
+import compare
+from compare import CompareError, Run
+
+METRIC = "test_acc1"
+TITLES = {  # of the arms of run.py
+    "random": "random init",
+    "selected": "weight selection",
+    "shuffled": "shuffled teacher",
+    "keep": "whole heads",
+    "consecutive": "consecutive slots",
+    "random_slots": "random slots",
+    "random_inconsistent": "random, inconsistent",
+    "magnitude": "largest slots",
+    "last_layers": "last layers",
+    "middle_layers": "middle layers",
+    "uniform_layers": "layers spread",
+    "wide_blend": "teacher 4 times as wide",
+    "wide_keep": "4 times as wide, whole heads",
+}
+
+
+class Question(NamedTuple):
+    name: str  # in the figure's name
+    text: str
+    baseline: str
+    arms: str
+
+
+QUESTIONS = (
+    Question("gain", "Gain of weight selection, and of a teacher's statistics alone", "random", "selected shuffled"),
+    Question(
+        "elements", "Element rules and heads", "selected", "keep consecutive random_slots random_inconsistent magnitude"
+    ),
+    Question("layers", "Layer rules", "selected", "last_layers middle_layers uniform_layers"),
+    Question("width", "A wider teacher", "selected", "keep wide_blend wide_keep"),
+)
+SHARES_OF_RUN = (("after 1/10", 1 / 10), ("after 1/3", 1 / 3), ("at the end", 1.0))
+
+Section = dict[str, list[Run]]  # an arm's runs
+
+
+# ---- reading ----
+
+
+def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
+    """The students by section ("vit/full") and arm, and the teachers. CompareError for runs that cannot stand together."""
+    sections: dict[str, Section] = defaultdict(lambda: defaultdict(list))
+    teachers = []
+    for root in roots:
+        for run in compare.read_runs(compare.find_runs([root]), METRIC):
+            arm = run.folder.name.rpartition("-")[0]
+            if not arm:
+                teachers.append(run)
+            elif arm in TITLES:
+                sections[run.folder.relative_to(root).parent.as_posix()][arm].append(run)
+            else:
+                raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(TITLES)}")
+    for section in sections.values():
+        for runs in section.values():
+            check_seeds(runs)
+        check_settings([run for runs in section.values() for run in runs])
+    return sections, teachers
+
+
+def check_seeds(runs: list[Run]) -> None:
+    """CompareError for an arm's seed that is there twice, in folders of two sittings."""
+    first: dict[int, Run] = {}
+    for run in runs:
+        if first.setdefault(run.seed, run) is not run:
+            raise CompareError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
+
+
+def check_settings(runs: list[Run]) -> None:
+    """CompareError unless runs of a section differ in nothing but their first values and their seeds."""
+    for run in runs[1:]:
+        for name in sorted((run.settings.keys() | runs[0].settings.keys()) - {"initialize"}):
+            if run.settings.get(name) != runs[0].settings.get(name):
+                raise CompareError(f"{runs[0].folder} and {run.folder} cannot be compared: they differ in {name}")
+
+
+def summaries_of(section: Section, question: Question) -> list[dict]:
+    """compare.py's figures of the baseline and of each arm of the question; [] where there is nothing to compare."""
+    arms = [arm for arm in question.arms.split() if arm in section]
+    if question.baseline not in section or not arms:
+        return []
+    baseline = section[question.baseline]
+    return [
+        compare.summarize(TITLES[arm], section[arm], baseline, METRIC)
+        | {"at": [at_share(section[arm], share) for _, share in SHARES_OF_RUN]}
+        for arm in (question.baseline, *arms)
+    ]
+
+
+def at_share(runs: list[Run], share: float) -> dict:
+    """Mean and deviation of the accuracy after that share of the run's epochs, rounded, at least one."""
+    return compare.spread([run.values[max(1, round(share * (max(run.values) + 1))) - 1] for run in runs])
+
+
+# ---- writing ----
+
+
+def link(name: str, folder: Path, out: Path) -> str:
+    """A Markdown link from a page in `out` to the folder."""
+    return f"[{name}]({Path(os.path.relpath(folder, out)).as_posix()})"
+
+
+def table(question: Question, found: dict[str, list[dict]], out: Path) -> str:
+    """The question's Markdown table for a page in `out`: a row for each section and arm."""
+    heads = ["data", "start", "n", *(head for head, _ in SHARES_OF_RUN), "gain, same seed", "epochs to the baseline"]
+    rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for name, summaries in found.items():
+        for summary in summaries:
+            n, gain, epochs = summary["n"], summary["gain"], summary["epochs_to_baseline"]
+            rows.append([
+                link(name, Path(summary["runs"][0]["folder"]).parent, out),
+                summary["label"],
+                str(n),
+                *(compare.cell(value, 1) for value in summary["at"]),
+                compare.cell(gain, 1, sign="+", note=f"{gain['n']} of {n} seeds" if 0 < gain["n"] < n else ""),
+                compare.cell(epochs, 1, note=f"{epochs['never']} of {n} never" if epochs["never"] else ""),
+            ])  # fmt: skip
+    return "\n".join([f"## {question.text}", "", *compare.markdown(rows), ""])
+
+
+def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
+    """How to read the tables, what the teachers reached, and what it all ran on."""
+    runs = [*teachers, *(run for section in sections.values() for runs in section.values() for run in runs)]
+    configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8")) for run in runs]
+    kinds = {
+        "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}".format(**each["environment"])
+        for each in configs
+    }
+    revisions = sorted({f"`{(each['revision'] or 'unknown')[:12]}`" for each in configs})
+    lines = [
+        "Top-1 accuracy in %, after a tenth, a third and all of the epochs: mean ± sample standard deviation over n seeds. "
+        "The first row of a data set is the baseline; gains pair the seeds; the last column counts epochs to the "
+        "baseline's mean final accuracy.",
+        "",
+        *(
+            f"- {link('/'.join(run.folder.parts[-2:]), run.folder, out)}: {run.last:.1f} % after {len(run.values)} epochs."
+            for run in teachers
+        ),
+        *(f"- Ran on: {kind}." for kind in sorted(kinds)),
+        f"- Code: {', '.join(revisions)}.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(found: dict[str, list[dict]], path: Path) -> None:
+    """A panel of curves for each section."""
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure = compare.new_figure(figsize=(7 * columns, 4.5 * rows))
+    for index, (name, summaries) in enumerate(found.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        compare.plot_curves(axes, summaries, METRIC)
+        axes.set_title(name, fontsize=13, loc="left")
+    figure.suptitle("mean over seeds, band: ± 1 standard deviation", fontsize=11, x=0.01, ha="left", color="#555555")
+    figure.savefig(path, dpi=120)
+
+
+def draw_gains(sections: dict[str, Section], path: Path) -> None:
+    """The gain of every arm over random init, a point for each pair of seeds and their mean."""
+    rows = [
+        (name, summary)
+        for name, section in sections.items()
+        for summary in summaries_of(section, Question("", "", "random", " ".join(list(TITLES)[1:])))[1:]
+        if summary["gain"]["n"]
+    ]
+    figure = compare.new_figure(figsize=(9, 1.2 + 0.35 * len(rows)))
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(name for name, _ in rows))
+    for place, (name, summary) in enumerate(rows):
+        colour = compare.COLOURS[names.index(name) % len(compare.COLOURS)]
+        by_seed = {run.seed: run.last for run in sections[name]["random"]}
+        gains = [run["last"] - by_seed[run["seed"]] for run in summary["runs"] if run["seed"] in by_seed]
+        axes.barh(place, summary["gain"]["mean"], color=colour, alpha=0.35)
+        axes.plot(gains, [place] * len(gains), "o", color=colour, ms=5)
+    labels = [f"{name}: {summary['label']} (n = {summary['gain']['n']})" for name, summary in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=11)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", lw=1)
+    axes.set_xlabel("points of accuracy", fontsize=12)
+    figure.suptitle(
+        "gain over random init of the same seed, bar: mean", fontsize=11, x=0.01, ha="left", color="#555555"
+    )
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def report(roots: list[Path], out: Path) -> str:
+    """Write the tables and figures to `out`; returns the tables. CompareError where there is nothing to compare."""
+    sections, teachers = read_study(roots)
+    tables = []
+    for question in QUESTIONS:
+        found = {name: made for name, section in sections.items() if (made := summaries_of(section, question))}
+        if found:
+            tables.append(table(question, found, out))
+            draw_curves(found, out / f"curves-{question.name}.png")
+    if not tables:
+        raise CompareError("no run of random init and of another start yet")
+    draw_gains({name: section for name, section in sections.items() if "random" in section}, out / "gains.png")
+    text = "\n".join([*tables, notes(sections, teachers, out)])
+    (out / "tables.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0, or 1 after a one-line error."""
+    parser = argparse.ArgumentParser(
+        prog="study/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="FOLDER", help="of --results of run.py")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the first of them)")
+    wanted = parser.parse_args(argv)
+    out = wanted.out or wanted.results[0]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        print(report(wanted.results, out), end="")
+    except (CompareError, OSError) as error:
+        print(f"study/report.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""Runs what is missing of a study, through weight_selection.py and main.py, one run after the other.
+
+    python study/run.py cpu --data FOLDER --work FOLDER
+
+FOLDER of --data holds tiny-imagenet-200/ and cifar10-jpeg/, each as train/CLASS/IMAGE and val/CLASS/IMAGE. Weights and
+messages go to --work; config.json and log.txt of each finished run to results/study-cpu/.
+
+It may be stopped at any time, by any signal: the same command goes on in the middle of the run that was cut off. Started
+twice it shares the work, a run each: on two cores two calls with OMP_NUM_THREADS=1 do more than one with two threads.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TEACHER_DATA, STUDENT_DATA = "tiny-imagenet-200", "cifar10-jpeg"
+POLL_SECONDS = 5.0  # between looks at what another call works on
+
+
+class StudyError(Exception):
+    """Why the study cannot go on, in one line."""
+
+
+# ---- what there is to run ----
+
+
+class Arm(NamedTuple):
+    """Where a student's first values come from: options of weight_selection.py, and the teacher."""
+
+    selection: str = ""  # "{seed}" is the run's
+    teacher: str = "teacher"
+    shuffled: bool = False  # the teacher's tensors, each within itself
+
+
+ARMS = {
+    "random": None,  # random init, the baseline
+    "selected": Arm(),  # the paper's rules: first layers, uniform slots, heads blended
+    "shuffled": Arm(shuffled=True),
+    "keep": Arm("--heads keep"),
+    "consecutive": Arm("--element_selection consecutive"),
+    "random_slots": Arm("--element_selection random --seed {seed}"),
+    "random_inconsistent": Arm("--element_selection random_inconsistent --seed {seed}"),
+    "magnitude": Arm("--element_selection magnitude"),
+    "last_layers": Arm("--layer_selection last"),
+    "middle_layers": Arm("--layer_selection middle"),
+    "uniform_layers": Arm("--layer_selection uniform"),
+    "wide_blend": Arm("--heads blend", teacher="wide_teacher"),
+    "wide_keep": Arm("--heads keep", teacher="wide_teacher"),
+}
+SHARES = {"full": 1.0, "tenth": 0.1}  # of the student's training images
+
+
+class Model(NamedTuple):
+    """A model and how it is trained; `minutes` is what all its epochs take, with all its images."""
+
+    name: str
+    kwargs: str
+    training: str
+    epochs: int
+    minutes: float
+
+
+class Study(NamedTuple):
+    """`models` by family and role, and the rows in the order in which they are run: family, share, arms, seeds."""
+
+    recipe: str
+    models: dict[str, Model]
+    rows: list[tuple[str, str, str, range]]
+
+
+# the paper's augmentation is for 300 epochs; ten need little but flips and padded crops
+_CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
+    --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
+_VIT = "img_size=32 patch_size=8 "
+STUDIES = {
+    "cpu": Study(
+        _CPU_RECIPE,
+        {
+            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
+            "vit/teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 32
+            ),
+            "vit/wide_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
+            ),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "dims=48,96,192,384 depths=3,3,9,3",
+                "--lr 2e-3 --data_fraction 0.3",
+                20,
+                48,
+            ),
+        },
+        [
+            ("vit", "full", "random selected shuffled", range(3)),
+            ("vit", "tenth", "random selected shuffled", range(3)),
+            ("convnext", "full", "random selected shuffled", range(3)),
+            ("convnext", "tenth", "random selected shuffled", range(3)),
+            ("vit", "full", "keep consecutive random_slots random_inconsistent magnitude", range(2)),
+            ("vit", "full", "last_layers middle_layers uniform_layers", range(2)),
+            ("vit", "full", "wide_blend wide_keep", range(2)),
+        ],
+    ),
+    # The paper's models and recipe, but for 64 px and 100 epochs. Each row and its teacher is a piece of its own, to be
+    # chosen by --only. The minutes are guesses for one H100: none of it has been run.
+    "gpu": Study(
+        "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
+        "--num_workers 8",
+        {
+            "vit/student": Model(
+                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 17", 100, 2.5
+            ),
+            "vit/teacher": Model(
+                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 10", 100, 9
+            ),
+            "convnext/student": Model(
+                "convnext_femto",
+                "",
+                "--batch_size 1024 --lr 4e-3 --warmup_epochs 17 --drop_path 0.1 --channels_last",
+                100,
+                2.5,
+            ),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "",
+                "--batch_size 1024 --lr 1e-3 --warmup_epochs 10 --drop_path 0.1 --channels_last",
+                100,
+                10,
+            ),
+        },
+        [
+            ("vit", "full", "random selected", range(3)),
+            ("convnext", "full", "random selected", range(3)),
+            ("vit", "full", "shuffled keep", range(3)),
+            ("convnext", "full", "shuffled", range(3)),
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, of a teacher, or of a student, from random values if `teacher` is None."""
+
+    name: str  # its folder
+    command: tuple[str, ...]  # options of main.py, but --initialize
+    epochs: int
+    minutes: float
+    is_teacher: bool = False
+    teacher: "Run | None" = None
+    shuffled: bool = False
+    selection: tuple[str, ...] = ()  # options of weight_selection.py, but the file of weights
+
+    @property
+    def checkpoint(self) -> str:
+        return f"{self.name}/checkpoint-{self.epochs - 1}.pth"
+
+
+def runs_of(study: Study) -> list[Run]:
+    """All runs of a study in their order, each teacher before the first run that needs it."""
+    return list(dict.fromkeys(_in_order(study)))
+
+
+def _in_order(study: Study) -> Iterator[Run]:
+    for family, share, arms, seeds in study.rows:
+        for seed in seeds:
+            for arm in arms.split():
+                student = _student(study, family, share, arm, seed)
+                yield from [student.teacher, student] if student.teacher else [student]
+
+
+def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
+    model, choices = study.models[f"{family}/student"], ARMS[arm]
+    name = f"{family}/{share}/{arm}-{seed}"
+    options = (
+        f"{_training(study, model, STUDENT_DATA)} --data_fraction {SHARES[share]} --seed {seed} --output_dir {name}"
+    )
+    student = Run(name, tuple(options.split()), model.epochs, model.minutes * SHARES[share] + 0.5)
+    if choices is None:
+        return student
+    role = f"{family}/{choices.teacher}"
+    teacher = study.models[role]
+    options = f"{_training(study, teacher, TEACHER_DATA)} --output_dir {role}"
+    selection = (
+        f"--student_model {model.name} {_given('--student_kwargs', model.kwargs)} "
+        f"--pretrained_model {teacher.name} {_given('--pretrained_kwargs', teacher.kwargs)} "
+        f"{choices.selection.format(seed=seed)}"
+    )
+    return replace(
+        student,
+        teacher=Run(role, tuple(options.split()), teacher.epochs, teacher.minutes, is_teacher=True),
+        shuffled=choices.shuffled,
+        selection=tuple(selection.split()),
+    )
+
+
+def _given(option: str, values: str) -> str:
+    return f"{option} {values}" if values else ""
+
+
+def _training(study: Study, model: Model, data: str) -> str:
+    return (
+        f"--model {model.name} {_given('--model_kwargs', model.kwargs)} --data_set image_folder --data_path data/{data} "
+        f"--epochs {model.epochs} {study.recipe} {model.training} --save_ckpt_num 1 --log_freq 100 --progress false"
+    )
+
+
+# ---- running it ----
+
+
+@dataclass(frozen=True)
+class Place:
+    """The two folders of a study: `work` with weights, `results` with the logs of finished runs.
+
+    Commands run in `work` and name what is there by relative paths, so that no config.json tells where that is.
+    """
+
+    work: Path
+    results: Path
+
+    def epochs_done(self, run: Run) -> int:
+        """How many epochs the run's log in `work` has."""
+        log = self.work / run.name / "log.txt"
+        return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+
+    def finished(self, run: Run) -> bool:
+        """Whether its log is in `results`; of a teacher, whose weights are needed, the last checkpoint too."""
+        log = self.results / run.name / "log.txt"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        if not lines or json.loads(lines[-1])["epoch"] != run.epochs - 1:
+            return False
+        return not run.is_teacher or (self.work / run.checkpoint).exists()
+
+    def commands(self, run: Run) -> list[list[str]]:
+        """What makes the run, in the order in which it is to be run."""
+        train = [sys.executable, str(ROOT / "main.py"), *run.command]
+        if run.teacher is None:
+            return [train]
+        source, file = run.teacher.checkpoint, f"{run.name}.pth"
+        shuffle = []
+        if run.shuffled:
+            source = f"{run.teacher.name}_shuffled.pth"
+            shuffle = [[sys.executable, str(ROOT / "study" / "shuffle.py"), run.teacher.checkpoint, source]]
+        script = str(ROOT / "weight_selection.py")
+        select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", file]
+        return [*shuffle, select, [*train, "--initialize", file]]
+
+    def lock(self, run: Run) -> int | None:
+        """A file descriptor that holds the run's lock, or None where another call, or what it left, has it.
+
+        The run's processes inherit it: one that outlives a killed call keeps the next call away from its folder.
+        """
+        path = self.work / f"{run.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def make(self, run: Run, lock: int) -> None:
+        """Carry out the run's commands, their messages in a file beside its folder, and keep its log."""
+        messages = self.work / f"{run.name}.txt"
+        for command in self.commands(run):
+            with open(messages, "a", encoding="utf-8") as file:
+                done = subprocess.run(command, cwd=self.work, stdout=file, stderr=file, pass_fds=[lock])
+            if done.returncode:
+                last = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise StudyError(f"{run.name} failed with code {done.returncode}: {' '.join(last)} (see {messages})")
+        self.keep(run)
+
+    def keep(self, run: Run) -> None:
+        """Copy config.json, then log.txt, by which a run counts as finished, each whole or not at all."""
+        target = self.results / run.name
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "log.txt"):
+            temporary = target / f".{name}.tmp"
+            temporary.write_bytes((self.work / run.name / name).read_bytes())
+            os.replace(temporary, target / name)
+
+
+def carry_out(runs: list[Run], place: Place) -> None:
+    """Make what is missing of `runs`, in their order; what another call works on is waited for."""
+    while left := [run for run in runs if not place.finished(run)]:
+        ready = (run for run in left if run.teacher is None or place.finished(run.teacher))
+        run, lock = next(((run, lock) for run in ready if (lock := place.lock(run)) is not None), (None, None))
+        if run is None:
+            time.sleep(POLL_SECONDS)
+            continue
+        try:
+            if not place.finished(run):  # another call may just have ended it
+                say(f"{run.name}, about {run.minutes:.0f} minutes; {len(left)} runs are left")
+                place.make(run, lock)
+        finally:
+            os.close(lock)
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def listing(runs: list[Run], place: Place) -> str:
+    """A line for each run: its state and the minutes to expect; and those of all that is left."""
+    lines, left = [], 0.0
+    for run in runs:
+        done = place.epochs_done(run)
+        state = "finished" if place.finished(run) else f"epoch {done} of {run.epochs}" if done else "to do"
+        left += 0 if state == "finished" else run.minutes * (1 - done / run.epochs)
+        lines.append(f"{run.name:32}{state:18}{run.minutes:6.1f} min")
+    return "\n".join([*lines, f"{len(runs)} runs, {left / 60:.1f} hours are left"])
+
+
+# ---- command line ----
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="study/run.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("study", choices=STUDIES)
+    add("--data", type=Path, metavar="FOLDER", help=f"with {TEACHER_DATA}/ and {STUDENT_DATA}/ in it")
+    add("--work", type=Path, required=True, metavar="FOLDER", help="for weights, checkpoints and messages")
+    add("--results", type=Path, metavar="FOLDER", help="for config.json and log.txt (default: results/study-<study>)")
+    add("--only", default="", metavar="REGEX", help="these runs alone, and the teachers that they need")
+    add("--list", action="store_true", help="show each run's state and minutes, and stop")
+    add("--dry_run", action="store_true", help="show the commands of what is missing, and stop")
+    wanted = parser.parse_args(argv)
+    if not (wanted.data or wanted.list or wanted.dry_run):
+        parser.error("the following arguments are required: --data")
+    return wanted
+
+
+def chosen(runs: list[Run], pattern: str) -> list[Run]:
+    """The runs whose names match, each with its teacher before it."""
+    try:
+        found = [run for run in runs if re.search(pattern, run.name)]
+    except re.error as error:
+        raise StudyError(f"--only {pattern} is not a regular expression: {error}") from error
+    if not found:
+        raise StudyError(f"--only {pattern}: no run has such a name; --list shows them")
+    needed = {*found, *(run.teacher for run in found)}
+    return [run for run in runs if run in needed]
+
+
+def link_data(data: Path, work: Path) -> None:
+    """Make work/data the folder of the two sets; StudyError if one is not there."""
+    for name in (TEACHER_DATA, STUDENT_DATA):
+        for part in ("train", "val"):
+            if not (data / name / part).is_dir():
+                raise StudyError(f"--data {data}: no folder {name}/{part} in it")
+    work.mkdir(parents=True, exist_ok=True)
+    link = work / "data"
+    if link.resolve() != data.resolve():
+        link.unlink(missing_ok=True)
+        link.symlink_to(data.resolve(), target_is_directory=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0, or 1 after a one-line error. Usage errors exit with 2."""
+    wanted = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run is ended too
+    place = Place(wanted.work.resolve(), (wanted.results or ROOT / "results" / f"study-{wanted.study}").resolve())
+    try:
+        runs = chosen(runs_of(STUDIES[wanted.study]), wanted.only)
+        if wanted.list:
+            print(listing(runs, place))
+        elif wanted.dry_run:
+            for run in runs:
+                if not place.finished(run):
+                    print("\n".join(shlex.join(command) for command in place.commands(run)))
+        else:
+            link_data(wanted.data, place.work)
+            carry_out(runs, place)
+    except (StudyError, OSError) as error:
+        print(f"study/run.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

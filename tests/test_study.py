@@ -1,0 +1,284 @@
+"""The study runs what is missing through the two scripts, may be stopped by any signal, and reports from logs alone."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_log, write_images
+
+import main
+import options
+import weight_selection
+from weights import read_weights
+
+STUDY = Path(__file__).parents[1] / "study"
+
+
+def script(name):
+    """The module study/<name>.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    paths = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = paths
+    return module
+
+
+run, shuffle, report = script("run"), script("shuffle"), script("report")
+
+
+# ---- what there is to run ----
+
+
+@pytest.mark.parametrize("study", run.STUDIES)
+def test_both_scripts_understand_every_command(study, tmp_path, capsys):
+    planned = set()
+    for each in run.runs_of(run.STUDIES[study]):
+        *_, train = run.Place(tmp_path, tmp_path).commands(each)
+        assert options.training_options(train[2:]).output_dir == each.name
+        if each.teacher and "magnitude" not in each.selection:  # which reads weights
+            planned.add(each.selection)
+    for selection in planned:
+        weight_selection.main([*selection, "--plan"])
+    assert capsys.readouterr().out.count('"family"') == len(planned)
+
+
+def test_a_teacher_comes_before_its_students_and_each_run_once():
+    names = [each.name for each in run.runs_of(run.STUDIES["cpu"])]
+    assert len(names) == len(set(names)) == 3 + 4 * 9 + 2 * (5 + 3 + 2)
+    assert names.index("vit/teacher") < names.index("vit/full/selected-0")
+    assert names.index("vit/wide_teacher") < names.index("vit/full/wide_blend-0")
+
+
+def test_only_takes_the_teacher_that_is_needed():
+    runs = run.runs_of(run.STUDIES["cpu"])
+    assert [each.name for each in run.chosen(runs, "vit/full/wide_keep-1")] == [
+        "vit/wide_teacher",
+        "vit/full/wide_keep-1",
+    ]
+    assert [each.name for each in run.chosen(runs, "vit/full/random-2$")] == ["vit/full/random-2"]
+    with pytest.raises(run.StudyError, match="--only keep_all: no run has such a name"):
+        run.chosen(runs, "keep_all")
+
+
+def test_titles_are_those_of_the_arms():
+    assert list(report.TITLES) == list(run.ARMS)
+
+
+# ---- running ----
+
+
+def tiny_study():
+    """A teacher and two arms, an epoch of ten images each."""
+    shape = "img_size=16 patch_size=8 num_heads=2 "
+    return run.Study(
+        "--input_size 16 --batch_size 4 --warmup_epochs 0 --device cpu --num_workers 0 --augment device",
+        {
+            "vit/student": run.Model("vit_tiny", shape + "embed_dim=8 depth=1", "--lr 1e-3", 1, 1.0),
+            "vit/teacher": run.Model("vit_tiny", shape + "embed_dim=16 depth=2", "--lr 1e-3", 1, 2.0),
+        },
+        [("vit", "full", "random shuffled", range(1))],
+    )
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """The command line of the tiny study, on images of noise, and its folders in `tmp_path`."""
+    for name, classes in ((run.TEACHER_DATA, "abc"), (run.STUDENT_DATA, "de")):
+        for part in ("train", "val"):
+            write_images(tmp_path / "images" / name, part, dict.fromkeys(classes, 5), size=16)
+    monkeypatch.setitem(run.STUDIES, "cpu", tiny_study())
+    folders = {name: str(tmp_path / name) for name in ("work", "results")}
+    return ["cpu", "--data", str(tmp_path / "images"), "--work", folders["work"], "--results", folders["results"]]
+
+
+def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def in_process(command, *, cwd, **_):
+        monkeypatch.chdir(cwd)
+        commands.append(Path(command[1]).stem)
+        {"main": main, "weight_selection": weight_selection, "shuffle": shuffle}[commands[-1]].main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=in_process))
+    assert run.main(call) == 0
+    assert commands == ["main", "main", "shuffle", "weight_selection", "main"]
+    for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
+        assert [line["epoch"] for line in read_log(tmp_path / "results" / name)] == [0]
+        config = (tmp_path / "results" / name / "config.json").read_text()
+        assert str(tmp_path) not in config and str(Path.home()) not in config
+    assert json.loads(config)["initialization"]["teacher"]["file"] == "vit/teacher_shuffled.pth"
+    assert {file.name for file in (tmp_path / "results").rglob("*") if file.is_file()} == {"config.json", "log.txt"}
+
+    assert run.main(call) == 0 and len(commands) == 5
+    (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()  # as if stopped before it was copied
+    capsys.readouterr()
+    assert run.main([*call, "--list"]) == 0
+    listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    names = ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
+    assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
+    assert run.main(call) == 0
+    assert commands[5:] == ["shuffle", "weight_selection", "main"]
+    assert [line["epoch"] for line in read_log(tmp_path / "results" / names[2])] == [0]
+
+
+@pytest.fixture
+def hanging(call, tmp_path):
+    """Starts the tiny study with a main.py that hangs; returns its process, and the number of the hanging one."""
+    (tmp_path / "code").mkdir()
+    os.mkfifo(tmp_path / "started")
+    hang = f"import os, signal\nwith open({str(tmp_path / 'started')!r}, 'w') as file:\n    file.write(str(os.getpid()))\nsignal.pause()\n"
+    (tmp_path / "code" / "main.py").write_text(hang)
+    start = (
+        f"import pathlib, sys; sys.path.insert(0, {str(STUDY)!r}); import run; run.ROOT = pathlib.Path({str(tmp_path / 'code')!r}); "
+        f"sys.exit(run.main({[*call, '--only', 'random-0']!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL)
+    with open(tmp_path / "started") as file:  # waits until main.py writes
+        hanging = int(file.read())
+    yield process, hanging
+    process.kill()
+    process.wait()
+
+
+def lock_of(tmp_path):
+    return run.Place(tmp_path / "work", tmp_path / "results").lock(run.Run("vit/full/random-0", (), 1, 1.0))
+
+
+def test_a_terminated_study_ends_its_run(hanging, tmp_path):
+    process, _ = hanging
+    assert lock_of(tmp_path) is None
+    process.terminate()
+    assert process.wait() == 143
+    os.close(lock_of(tmp_path))
+
+
+def test_what_a_killed_study_left_behind_keeps_its_folder(hanging, tmp_path):
+    process, left_behind = hanging
+    process.kill()
+    process.wait()
+    try:
+        assert lock_of(tmp_path) is None
+    finally:
+        os.kill(left_behind, signal.SIGKILL)
+
+
+def test_a_run_that_fails_ends_the_study_with_its_last_line(call, tmp_path, monkeypatch, capsys):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "main.py").write_text("import sys; print('first'); sys.exit('main.py: error: no such model')")
+    monkeypatch.setattr(run, "ROOT", tmp_path / "code")
+    assert run.main(call) == 1
+    error = capsys.readouterr().err
+    assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_missing_data_is_one_line(call, tmp_path, capsys):
+    assert run.main(["cpu", "--data", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
+    assert f"--data {tmp_path}: no folder {run.TEACHER_DATA}/train in it" in capsys.readouterr().err
+
+
+def test_shuffling_keeps_each_tensors_values(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {"a": torch.randn(6, 50, generator=generator), "b": torch.randn(300, generator=generator)}
+    torch.save(tensors, tmp_path / "teacher.pth")
+    for file, seed in (("x", 0), ("y", 0), ("z", 1)):
+        shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", str(seed)])
+    x, y, z = (read_weights(tmp_path / file) for file in "xyz")
+    for key, tensor in tensors.items():
+        assert x[key].shape == tensor.shape
+        assert torch.equal(x[key].flatten().sort().values, tensor.flatten().sort().values)
+        assert torch.equal(x[key], y[key])
+        assert not torch.equal(x[key], z[key]) and not torch.equal(x[key], tensor)
+
+
+# ---- the report ----
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Writes a finished run of the study with this accuracy in each epoch; more options can be set."""
+
+    def write(name, accuracies, *, root="study", **changes):
+        arm, _, seed = name.partition("-")
+        wanted = options.training_defaults() | {"epochs": len(accuracies), "seed": int(seed or 0), **changes}
+        source = None if arm.endswith(("random", "teacher")) else {"sha256": arm, "path": f"{arm}.pth"}
+        kind = {"device": "cpu", "processes": 1, "threads": 2, "torch": "2", "timm": "1"}
+        folder = tmp_path / root / name
+        folder.mkdir(parents=True)
+        config = {"options": wanted, "initialization": source, "environment": kind, "revision": "abc"}
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = [{"epoch": epoch, "test_acc1": value} for epoch, value in enumerate(accuracies)]
+        (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return write
+
+
+def rows_of(text):
+    return [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| [")]
+
+
+def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rising = [10, 11, 20, 21, 22, 23, 24, 25, 26]
+    write_run("vit/teacher", [5, 7.25])
+    write_run("vit/full/random-0", [*rising, 30])
+    write_run("vit/full/random-1", [*rising, 34])
+    write_run("vit/full/selected-0", [12, 14, 33, *rising[3:], 40])
+    write_run("vit/full/selected-1", [14, 18, 31, 32, *rising[4:], 42])
+    write_run("vit/full/selected-2", [13, 16, 32, *rising[3:], 41])
+    write_run("vit/full/keep-0", [*rising, 41])
+    assert report.main([str(tmp_path / "study")]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "study" / "tables.md").read_text()
+    section = "[vit/full](vit/full)"
+    selected = ["13.0 ± 1.0", "32.0 ± 1.0", "41.0 ± 1.0"]
+    assert rows_of(text) == [
+        # epochs 1, round(10 / 3) = 3 and 10; the baseline ends at 32, which seeds 0, 1, 2 reach in epochs 3, 4, 3
+        [section, "random init", "2", "10.0 ± 0.0", "20.0 ± 0.0", "32.0 ± 2.8", "–", "–"],  # noqa: RUF001
+        [section, "weight selection", "3", *selected, "+9.0 ± 1.4 (2 of 3 seeds)", "3.3 ± 0.6"],
+        [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
+        [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
+        [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
+        [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
+    ]
+    assert "- [vit/teacher](vit/teacher): 7.2 % after 2 epochs." in text
+    figures = {file.name for file in (tmp_path / "study").glob("*.png")}
+    assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
+
+
+def test_sittings_in_several_folders_are_taken_together(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run("vit/full/random-0", [30])
+    write_run("vit/full/selected-0", [40], root="second")
+    folders = [str(tmp_path / root) for root in ("study", "second")]
+    assert report.main(folders) == 0
+    first, second = rows_of(capsys.readouterr().out)
+    assert first[0] == "[vit/full](vit/full)" and second[0] == "[vit/full](../second/vit/full)"
+    assert second[-2] == "+10.0"
+    write_run("vit/full/random-0", [31], root="second")
+    assert report.main(folders) == 1
+    assert "second/vit/full/random-0 are the same seed 0 of an arm" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_are_not_compared(write_run, tmp_path, capsys):
+    write_run("vit/full/random-0", [30])
+    write_run("vit/full/selected-0", [40], lr=1e-3)
+    assert report.main([str(tmp_path / "study")]) == 1
+    assert "cannot be compared: they differ in lr" in capsys.readouterr().err
+
+
+def test_a_study_without_a_pair_is_one_line(write_run, tmp_path, capsys):
+    write_run("vit/full/random-0", [30])
+    assert report.main([str(tmp_path / "study")]) == 1
+    assert capsys.readouterr().err == "study/report.py: error: no run of random init and of another start yet\n"
