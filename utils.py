@@ -17,11 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+LONGEST_LINE = 1000  # of an error, in characters
 STOPPED = 75  # the exit code of a run that was asked to stop: sysexits.h's EX_TEMPFAIL, "try again later"
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its message is the one line printed before the scripts end with code 1."""
+    """A mistake the user can mend: its message is the one line printed before the scripts end with code 1.
+
+    What comes from files, such as a tensor's name, is in it without line ends and a terminal's commands, and cut short.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in message[:LONGEST_LINE])
+        super().__init__(line + "…" * (len(message) > LONGEST_LINE))
 
 
 class Stopped(BaseException):

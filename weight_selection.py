@@ -11,9 +11,9 @@ if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
 
 import logging
+import math
 import os
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,8 +22,10 @@ import timm
 import torch
 from timm.models import convnext, eva, mlp_mixer, swin_transformer, vision_transformer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import models
+from containers import check_arrays
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.hub import pretrained_file
@@ -34,7 +36,15 @@ from selection.read import Weights, open_weights
 from selection.rules import Choices
 from selection.tensors import magnitudes, select
 from utils import UserError, first_line, json_lines, run_script, start_logging
-from weights import WEIGHT_SUFFIXES, check_finite, check_replaceable, shapes_of, write_initialization
+from weights import (
+    FLOATING,
+    WEIGHT_SUFFIXES,
+    check_dtype,
+    check_finite,
+    check_replaceable,
+    shapes_of,
+    write_initialization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +57,7 @@ DEFAULT_TEACHER = {
     "mixer": "mixer_b16_224",
     "resnet": "resnet34",
 }
+LARGEST_PATCH = 64  # pixels on a side
 # timm's readers of released files in other layouts
 CONVERTERS = {
     "vit": vision_transformer.checkpoint_filter_fn,
@@ -83,15 +94,22 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
             weights = _converted(weights, model, name, path, option)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
-    return weights
+
+    def read(key: str) -> Tensor:
+        tensor = weights[key]
+        check_dtype(key, tensor, option)
+        return tensor
+
+    return Weights(weights.shapes, read, weights.whole)
 
 
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
     """Weights of another layout as timm reads them for this model."""
+    _check_kernels(weights.shapes, option)
     converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
     try:
         converted = Weights.in_memory(converter(dict(weights), model), "timm converts its layout")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
     difference = _difference(converted.shapes, model)
     if difference:
@@ -107,10 +125,43 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
     model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
     try:
-        model.load_pretrained(path)
-    except (AttributeError, KeyError, ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        _check_kernels(check_arrays(path), option)
+        with _ExactCopies() as copies:
+            model.load_pretrained(path)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # on damaged bytes numpy and zlib raise almost anything
         raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
-    return Weights.in_memory(model.state_dict(), "timm reads it")
+    # the head stays as it was made where the file has one of other classes
+    filled = {key: tensor for key, tensor in model.state_dict().items() if tensor.data_ptr() in copies.filled}
+    difference = _difference(shapes_of(filled), model)
+    if difference:
+        raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
+    return Weights.in_memory(filled, "timm reads it")
+
+
+def _check_kernels(shapes: Mapping[str, tuple[int, ...]], option: str) -> None:
+    """UserError for a kernel of patches much larger than any model's: timm's resizing grows with the square of its area."""
+    for key, shape in shapes.items():
+        sides = shape[:2] if key.endswith("/kernel") else shape[2:] if key.endswith(".weight") else ()
+        if len(shape) == 4 and math.prod(sides) > LARGEST_PATCH**2:
+            raise UserError(f"{option} has {key} {list(shape)}, a kernel larger than {LARGEST_PATCH} x {LARGEST_PATCH}")
+
+
+class _ExactCopies(TorchFunctionMode):
+    """Refuses what timm's reader would spread over, or convert to, the model's tensor: ValueError. Notes what it fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled = set()  # addresses
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ == "copy_":
+            target, array = args
+            if array.shape != target.shape or array.dtype not in FLOATING:
+                raise ValueError(f"an array of {array.dtype} {list(array.shape)} stands for {list(target.shape)}")
+            self.filled.add(target.data_ptr())
+        return function(*args, **(kwargs or {}))
 
 
 def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
@@ -118,7 +169,7 @@ def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
     head = models.head_prefixes(model)
     expected = shapes_of(model.state_dict(), head)
     if not expected.keys() & found.keys():
-        return f"has none of the tensors, but such as {next(iter(found))},"
+        return f"has none of the tensors, but such as {next(iter(found), 'none')},"
     for key, shape in expected.items():
         if found.get(key) != shape:
             seen = f"has {key} {list(found[key])}" if key in found else f"has no {key}"

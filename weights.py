@@ -5,6 +5,8 @@ import hashlib
 import http.client
 import io
 import json
+import mmap
+import os
 import pickle
 import re
 import warnings
@@ -18,10 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from containers import check_archive, check_content, check_old_format, check_pickle
 from utils import UserError, first_line, json_lines, write_atomically
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
-DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -62,16 +65,11 @@ def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> 
 
 
 def check_plain(path: Path, content: Mapping) -> None:
-    """UserError naming the first of a file's weights that is no tensor of plain values under a name."""
+    """UserError naming the first of a file's weights that is no tensor under a name."""
     for key, value in content.items():
-        if not (isinstance(key, str) and _is_plain(value)):
-            what = f"{key} is a {type(value).__name__}"
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            what = f"{_shown(key)} is a {type(value).__name__}"
             raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with its values in memory: not sparse, not quantized, not on the meta device."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def read_file(path: Path) -> Mapping:
@@ -80,8 +78,10 @@ def read_file(path: Path) -> Mapping:
     with reading(path):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        _test_archive(path)
-        return unpickle(path, map_location="cpu")
+        if is_archive(path):
+            _test_archive(path)
+            return unpickle(path, map_location="cpu")
+        return _read_old(path)
 
 
 def check_file(path: Path) -> None:
@@ -117,29 +117,60 @@ def unpickle(path: Path, **options) -> Mapping:
         content = torch.load(path, weights_only=True, **options)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    check_content(content, path.stat().st_size)
     return content
+
+
+def is_archive(path: Path) -> bool:
+    """Whether torch.load takes the file for a zip archive; what else it can be is torch's old format."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _test_archive(path: Path) -> None:
     """Compare a zip archive with its own checksums: torch.load does not, and lets flipped bits through."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            check_kinds(archive)
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"its part {damaged} does not match its checksum")
+    with open_archive(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"its part {damaged} does not match its checksum")
 
 
-def check_kinds(archive: zipfile.ZipFile) -> None:
-    """ValueError for a file of the archive that is marked as a folder: torch would take what is in memory for its bytes."""
-    for info in archive.infolist():
-        if info.external_attr & DOS_FOLDER and not info.is_dir():
-            raise ValueError(f"its part {info.filename} is marked as a folder")
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive of torch.save whose directory and pickle have been checked; ValueError and zipfile's own otherwise."""
+    with zipfile.ZipFile(path) as archive:
+        check_archive(archive, path.stat().st_size)
+        names = archive.namelist()
+        if len({name.partition("/")[0] for name in names}) > 1:
+            raise ValueError("it holds more than one folder")
+        for name in names:
+            if name.endswith("/data.pkl"):
+                check_pickle(io.BytesIO(archive.read(name)))
+        yield archive
+
+
+def _read_old(path: Path) -> Mapping:
+    """What a file of torch's old format holds: pickles, and behind them the values, without checksums."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        count = check_old_format(mapped, len(mapped))
+    storages = []
+
+    def noted(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+        storages.append(storage)
+        return storage
+
+    content = unpickle(path, map_location=noted)
+    if len(storages) != count:
+        # torch would leave what was in memory in those that are not named
+        raise ValueError(f"it has values for {count} of {len(storages)} storages")
+    return content
 
 
 def _refusal(path: Path, error: Exception) -> str:
     """Why torch's restricted unpickler would not read a file, in one line."""
     forbidden = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+    if forbidden and forbidden[1].startswith("torch."):
+        return f"it holds more than plain tensors ({forbidden[1]})"
     if forbidden:
         return f"it is a pickle that would run code ({forbidden[1]}), not plain tensors"
     with open(path, "rb") as file:
@@ -149,17 +180,26 @@ def _refusal(path: Path, error: Exception) -> str:
 
 def _some(keys: Mapping) -> str:
     """The first few keys, for an error line."""
-    shown = ", ".join(str(key) for key in list(keys)[:5])
-    return shown + (", …" if len(keys) > 5 else "")
+    return ", ".join(map(_shown, list(keys)[:5])) + (", …" if len(keys) > 5 else "")
+
+
+def _shown(key: object) -> str:
+    """A key, for an error line; of what is no text its kind alone."""
+    return key if isinstance(key, str) else f"a {type(key).__name__}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """UserError naming the first tensor that does not hold finite floating point numbers; counts of batches may be whole."""
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
-            raise UserError(f"{source}: {key} is of {str(tensor.dtype).removeprefix('torch.')}, not of floating point")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        check_dtype(key, tensor, source)
+        if not tensor.isfinite().all():
             raise UserError(f"{source}: {key} holds values that are not finite")
+
+
+def check_dtype(key: str, tensor: Tensor, source: str | Path) -> None:
+    """UserError naming a tensor that is not of floating point; counts of batches may be whole."""
+    if tensor.dtype not in FLOATING and not (key.endswith("num_batches_tracked") and tensor.dtype == torch.int64):
+        raise UserError(f"{source}: {key} is of {str(tensor.dtype).removeprefix('torch.')}, not of floating point")
 
 
 # ---- initialization files ----
@@ -195,8 +235,9 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
 
 def read_description(path: Path) -> dict | None:
     """What the `.json` beside an initialization file says, or None if there is none of ours."""
+    file = path.with_suffix(".json")
     try:
-        content = json.loads(path.with_suffix(".json").read_text())
+        content = json.loads(file.read_text()) if file.is_file() else None  # a pipe would never end
     except (OSError, ValueError, RecursionError):
         return None
     if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
@@ -207,7 +248,7 @@ def read_description(path: Path) -> dict | None:
 def find_initialization(location: str, family: str | None) -> Path:
     """The file that `--initialize` means: itself, or the one in a folder that was made for `family`."""
     path = Path(location)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path's own raises for a name that is too long
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
@@ -237,7 +278,19 @@ def read_initialization(
             f"--initialize {path} is not the file that {path.stem}.json describes (sha256 differs): make it again"
         )
     known = {key: (description or {}).get(key) for key in ("family", "student", "teacher", "choices")}
+    if not _is_plain(known):
+        raise UserError(
+            f"--initialize {path}: {path.stem}.json holds what weight_selection.py does not write: make it again"
+        )
     return tensors, {"path": str(path), "sha256": sha256, **known}
+
+
+def _is_plain(value: object, depth: int = 8) -> bool:
+    """Whether a value of JSON can go into a checkpoint: not nested deeply, no number beyond 64 bits."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def fetch(url: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import re
 import sys
 import zipfile
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor
 
 from utils import UserError, first_line
-from weights import check_file, check_kinds, check_plain, read_weights, reading, shapes_of, unpickle, unwrap
+from weights import (
+    check_file,
+    check_plain,
+    is_archive,
+    open_archive,
+    read_weights,
+    reading,
+    shapes_of,
+    unpickle,
+    unwrap,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAPPED_BYTES = 2**26  # of values, after which a file's pages are given back
@@ -70,8 +81,8 @@ def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -
         return _open_safetensors(path, dict.fromkeys(_header(path), path), model_key)
     whole = "a file of torch's old format is read whole"
     with reading(path):
-        is_archive = zipfile.is_zipfile(path)
-    if is_archive:
+        zipped = is_archive(path)
+    if zipped:
         weights = _open_archive(path, model_key)
         if weights is not None:
             return weights
@@ -105,7 +116,7 @@ def read_index(path: Path) -> dict[str, Path]:
 def _open_safetensors(path: Path, files: dict[str, Path], model_key: str) -> Weights:
     """The tensors of `files`, by the keys they have there; `path` is what the user named."""
     for key, file in files.items():
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path's own raises for a name that is too long
             raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
     headers = {file: _header(file) for file in dict.fromkeys(files.values())}
     for key, file in files.items():
@@ -183,8 +194,7 @@ def _data_entries(path: Path) -> list[_Entry] | None:
 
     The other entries, the pickle above all, are compared with their checksums here; zipfile raises for a damaged one.
     """
-    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
-        check_kinds(archive)
+    with open_archive(path) as archive, open(path, "rb", buffering=0) as file:
         infos = archive.infolist()
         if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
             return None
@@ -193,6 +203,7 @@ def _data_entries(path: Path) -> list[_Entry] | None:
             if not re.fullmatch(r"[^/]+/data/[^/]+", info.filename):
                 others[info.filename.partition("/")[2]] = archive.read(info)
             elif info.file_size:
+                archive.open(info).close()  # zipfile compares what stands ahead of the bytes with its directory
                 entries.append(_Entry(_start(file, info), info.file_size, info.CRC))
     same_order = others.get("byteorder", b"little") == sys.byteorder.encode()
     return sorted(entries) if same_order else None

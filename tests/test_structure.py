@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # a module imports only from lines above its own
 LINES = [
-    ["utils", "options"],
+    ["utils", "options", "containers"],
     ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops", "stopping"],
     ["metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder"],
     ["feed", "resume"],
