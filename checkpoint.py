@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
 STATE = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "metrics": dict, "best": dict,
     "options": dict, "processes": int, "precision": str, "data": dict}  # fmt: skip
+NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": []}  # what older files lack, and what that means
+FIGURES = ("sums", "best")
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
 
@@ -31,15 +33,19 @@ def read_checkpoint(path: Path) -> dict:
     state = read_file(path)
     if state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; weights to start from go to --initialize")
-    lacking = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
+    state = NEWER | state
+    kinds = STATE | {name: type(value) for name, value in NEWER.items()}
+    lacking = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     if lacking:
         raise UserError(f"{path} is not a whole checkpoint: {', '.join(lacking)} lacks or is of another kind")
-    return dict(state)
+    if not all(isinstance(value, int | float) for part in FIGURES for value in state[part].values()):
+        raise UserError(f"{path} is not a whole checkpoint: {' or '.join(FIGURES)} holds something that is no number")
+    return state
 
 
 def position_of(state: dict) -> tuple[int, float]:
     """The epoch of a training state and the updates done by then, infinite at the end of the epoch: states in order."""
-    return state["epoch"], state["step"] if state.get("sums") else math.inf
+    return state["epoch"], state["step"] if state["sums"] else math.inf
 
 
 def position_in_name(path: Path) -> tuple[int, float]:

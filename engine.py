@@ -111,7 +111,7 @@ class Trainer:
         """Take what `state` gave, but for the weights, which the model has had since before it was compiled."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
-        self.skips_in_a_row += state.get("skips_in_a_row", 0)
+        self.skips_in_a_row += state["skips_in_a_row"]
 
 
 def layout(channels_last: bool) -> torch.memory_format:

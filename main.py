@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     if saved:
         check_same_data(path, saved, data)
         if train_images and options.bad_images == "skip":
-            train_images.mark_bad(saved.get("bad_images", []))
+            train_images.mark_bad(saved["bad_images"])
     train_loader = make_train_loader(options, train_images, device) if train_images else None
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
 
 def progress_of(saved: dict, steps: int) -> Progress:
     """Where a run of `steps` updates an epoch goes on from a checkpoint, within an epoch or at the start of one."""
-    if saved.get("sums"):
+    if saved["sums"]:
         return Progress(saved["epoch"], saved["step"] - saved["epoch"] * steps, saved["sums"])
     return Progress(saved["epoch"] + 1)
 

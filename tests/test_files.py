@@ -10,7 +10,15 @@ import safetensors.torch
 import torch
 
 import weights
-from checkpoint import STATE, find_checkpoint, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
+from checkpoint import (
+    NEWER,
+    STATE,
+    find_checkpoint,
+    numbered_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+    save_numbered,
+)
 from utils import UserError, write_atomically
 from weights import find_initialization, read_initialization, read_weights, write_initialization
 
@@ -240,7 +248,7 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(step, error, raised, 
 
 
 def state_of(epoch):
-    return {name: kind() for name, kind in STATE.items()} | {"epoch": epoch, "model": TENSORS}
+    return {name: kind() for name, kind in STATE.items()} | NEWER | {"epoch": epoch, "model": TENSORS}
 
 
 def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, caplog):
@@ -296,6 +304,15 @@ def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
 def test_checkpoint_that_lacks_a_part_names_it(name, value, tmp_path):
     save_checkpoint(tmp_path / "checkpoint-3.pth", state_of(3) | {name: value})
     with pytest.raises(UserError, match=f"checkpoint-3.pth is not a whole checkpoint: {name} lacks"):
+        read_checkpoint(tmp_path / "checkpoint-3.pth")
+
+
+def test_checkpoint_without_what_came_later_is_read_and_odd_figures_are_not(tmp_path):
+    state = {name: value for name, value in state_of(3).items() if name not in NEWER}
+    save_checkpoint(tmp_path / "checkpoint-3.pth", state)
+    assert read_checkpoint(tmp_path / "checkpoint-3.pth")["sums"] == {}
+    save_checkpoint(tmp_path / "checkpoint-3.pth", state | {"best": {"test_acc1": [1.0]}})
+    with pytest.raises(UserError, match="sums or best holds something that is no number"):
         read_checkpoint(tmp_path / "checkpoint-3.pth")
 
 
