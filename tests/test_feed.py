@@ -166,3 +166,18 @@ def test_batches_of_pixels_know_the_chunk_that_they_are(pictures):
     resident = feed.resident_on(cache_images(pictures), None, False)
     assert len(list(feed.AugmentedBatches(order, resident, augment, torch.device("cpu")))) == 2
     assert keys == [(3, (3, 5)), (3, (3, 7))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_the_card_are_gathered_without_a_wait():
+    pixels, labels = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8), np.arange(20)
+    resident, wanted = feed.Resident(pixels.to("cuda"), labels), np.array([3, 1, 19])
+    resident.batch(wanted)  # libraries set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, targets = resident.batch(wanted)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(images.cpu(), pixels[wanted]) and targets.tolist() == [3, 1, 19]

@@ -341,3 +341,14 @@ def test_mixer_is_none_only_when_all_three_are_off():
     assert mixer(mixup=0.0, cutmix=0.0, cutmix_minmax=[0.2, 0.8]) is not None
     assert mixer(mixup=0.0) is not None
     assert mixer(cutmix=0.0) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_ahead_are_the_batches():
+    batches = [(torch.full((64, 3, 64, 64), float(n)), torch.full((64,), n)) for n in range(6)]
+    pinned = [tuple(part.pin_memory() for part in batch) for batch in batches]
+    seen = [
+        (float(images.mean()), int(targets[0])) for images, targets in loader.ahead(pinned, torch.device("cuda", 0))
+    ]
+    assert seen == [(float(n), n) for n in range(6)]

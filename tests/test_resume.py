@@ -50,7 +50,8 @@ def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
         script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
     newest = {7: "checkpoint-1-7.pth", 9: "checkpoint-1-9.pth", 14: "checkpoint-2-14.pth"}[update]
     assert (tmp_path / "cut" / newest).exists()
-    script.main(tiny_run(*options, output_dir=tmp_path / "cut"))
+    other_workers = ["--num_workers", "1"] if extra == "workers" else []
+    script.main(tiny_run(*options, *other_workers, output_dir=tmp_path / "cut"))
     folders = uninterrupted[extra], tmp_path / "cut"
     whole, cut = (torch.load(folder / "checkpoint-2.pth", weights_only=True) for folder in folders)
     for part in ("model", "model_ema") if extra == "everything" else ("model",):
@@ -220,3 +221,44 @@ def test_one_process_goes_on_with_the_images_of_two(tiny_run, tmp_path):
         weights_of(tmp_path / "whole", "checkpoint-0.pth"), weights_of(tmp_path / "other", "checkpoint-0.pth")
     )
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "other")
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "amp", [[], ["--use_amp", "true"], ["--use_amp", "true", "--amp_dtype", "bfloat16", "--compile"]]
+)
+def test_deterministic_run_on_cuda_is_resumed_bit_for_bit(amp, tiny_run, tmp_path, monkeypatch):
+    options = [
+        "--device",
+        "cuda",
+        "--deterministic",
+        *amp,
+        "--augment",
+        "device",
+        "--cache",
+        "device",
+        "--drop_path",
+        "0.2",
+    ]
+    options += ["--model_ema", "true", "--save_ckpt_steps", "2"]
+    script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        pull_the_plug(patch, 8)
+        script.main(tiny_run(*options))
+    script.main(tiny_run(*options))
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replayed_graphs_train_as_calls_do(tiny_run, tmp_path):
+    more = ["--device", "cuda", "--epochs", "3"]
+    graphs = script.main(
+        tiny_run(*more, "--compile", "--compile_mode", "reduce-overhead", output_dir=tmp_path / "graphs")
+    )
+    calls = script.main(tiny_run(*more, output_dir=tmp_path / "calls"))
+    assert graphs["train_loss"] == pytest.approx(calls["train_loss"], rel=0.02)
