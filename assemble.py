@@ -103,17 +103,17 @@ def pick(options: argparse.Namespace, names: str) -> dict:
     return {name: getattr(options, name) for name in names.split()}
 
 
-def fetch_once(url: str) -> Path:
-    """The local copy of a file at `https://…#sha256=…`, downloaded by one process."""
+def fetch_once(location: str) -> Path:
+    """A file by its path, or the local copy of one at `https://…#sha256=…`, downloaded by one process."""
+    if not location.startswith("https://"):
+        return Path(location)
     with distributed.main_first():
-        return fetch(url)
+        return fetch(location)
 
 
 def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
     """Copy the weights of `--initialize` into the model; returns where they come from. UserError if they do not fit."""
-    location, family = options.initialize, family_of(model)
-    if location.startswith("https://"):
-        location = str(fetch_once(location))
+    location, family = str(fetch_once(options.initialize)), family_of(model)
     tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
     name = f"--initialize {source['path']}"
     if source["family"] not in (None, family):

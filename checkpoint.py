@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
 STATE = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "metrics": dict, "best": dict,
     "options": dict, "processes": int, "precision": str, "data": dict}  # fmt: skip
-NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": []}  # what older files lack, and what that means
+# what older files lack, and what that means; update_freq is what is in effect, 0 for what the options say
+NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0}
 FIGURES = ("sums", "best")
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
@@ -76,21 +77,26 @@ def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
 
 
 def find_checkpoint(
-    resume: str, output_dir: Path | None, *, auto_resume: bool, training: bool
+    resume: str, output_dir: Path | None, *, file: Path | None, auto_resume: bool, training: bool
 ) -> tuple[Path, dict] | None:
-    """What a run goes on from: the file `resume`, else the newest in `output_dir`, else None.
+    """What a run goes on from: the `file` that `--resume` names, else the newest in `output_dir`, else None.
 
-    Raises UserError where training would mix two runs in one folder.
+    The newest too where it is of a run that was itself started by this `--resume`: the same command goes on. Raises
+    UserError where training would mix two runs in one folder.
     """
     folder = numbered_checkpoints(output_dir) if output_dir else []
-    if resume:
-        state = read_checkpoint(Path(resume))
+    if file and folder and auto_resume and training:
+        newest = newest_checkpoint(folder)
+        if newest[1]["options"].get("resume") == resume:
+            return newest
+    if file:
+        state = read_checkpoint(file)
         later = [path for path in folder if position_in_name(path) > position_of(state)]
         if later and training:
             raise UserError(
                 f"--resume {resume} is of epoch {state['epoch']}, but --output_dir has {later[0]}: name another folder"
             )
-        return Path(resume), state
+        return file, state
     if folder and not auto_resume and training:
         raise UserError(f"--auto_resume false, but --output_dir has {folder[0]} of another run: name another folder")
     return newest_checkpoint(folder) if auto_resume else None

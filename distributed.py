@@ -127,12 +127,13 @@ def _store_of_this_attempt() -> dist.Store | None:
 def main_first():
     """The body runs on rank 0 first and on the others after it, so that one process downloads and all find the files.
 
-    Where it fails with UserError on rank 0, which says why, the others end without a word.
+    All leave it together. Where it fails on rank 0, which says why, the others end without a word.
     """
     if not is_main():
         if of_all_ranks(False, patiently=True)[0]:
             raise SystemExit(1)
         yield
+        of_all_ranks(None, patiently=True)
         return
     failed = True
     try:
@@ -140,6 +141,7 @@ def main_first():
         failed = False
     finally:
         of_all_ranks(failed, patiently=True)
+    of_all_ranks(None, patiently=True)
 
 
 def of_all_ranks(value, *, patiently: bool = False) -> list:

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, or with `--eval true` evaluate; returns the last epoch's line of log.txt, or what was measured."""
     options = training_options(argv)
     device = distributed.pick_device(options.device)
+    # the signals last: who waits to meet the others could not take them
     with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
         start_logging(quiet=not distributed.is_main())
         for name in without_effect(options):
@@ -68,10 +69,11 @@ def main(argv: list[str] | None = None) -> dict:
             try:
                 return run(options, device, output_dir, stop)
             except Stopped as stopped:
+                reason = f"stopped by {stop.asked or 'a signal to another process'} {stopped}"
+                saved = stopped.agreed and output_dir and options.save_ckpt
                 if distributed.is_main():
-                    reason = f"stopped by {stop.asked or 'a signal to another process'} {stopped}"
-                    log.warning("%s; the same command goes on from the last checkpoint", reason)
-                    if output_dir and not options.eval:
+                    log.warning("%s%s", reason, "; the same command goes on from there" * bool(saved))
+                    if saved:
                         run_folder.ask_for_more(output_dir, reason)
                 if stopped.agreed:  # a launcher ends all when one has ended, and the main one was still writing
                     distributed.of_all_ranks(None)
@@ -82,18 +84,22 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     """One run, from its options to its last checkpoint."""
     set_determinism(options.deterministic)
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
-    resume = str(fetch_once(options.resume)) if options.resume.startswith("https://") else options.resume
-    found = find_checkpoint(resume, output_dir, auto_resume=options.auto_resume, training=not options.eval)
+    given, processes = plain(options), distributed.world_size()
+    file = fetch_once(options.resume) if options.resume else None
+    how = {"file": file, "auto_resume": options.auto_resume, "training": not options.eval}
+    found = find_checkpoint(options.resume, output_dir, **how)
     path, saved = found or (None, None)
-    positions = distributed.of_all_ranks(saved and (saved["epoch"], saved["step"]))
+    positions = distributed.of_all_ranks(path and (path.name, saved["step"]))
     if len(set(positions)) > 1:
-        listed = ", ".join("none" if place is None else f"step {place[1]} of epoch {place[0]}" for place in positions)
+        listed = ", ".join("none" if place is None else place[0] for place in positions)
         raise UserError(f"the processes found different checkpoints ({listed}): all nodes have to share --output_dir")
     if saved and not options.eval:
-        options.update_freq = keep_total_batch(saved, plain(options), distributed.world_size())
-        check_same_settings(path, saved, plain(options), distributed.world_size(), precision.name)
+        options.update_freq = keep_total_batch(saved, given, processes)
+        check_same_settings(
+            path, saved, given, update_freq=options.update_freq, processes=processes, precision=precision.name
+        )
     elif output_dir and not options.eval:
-        check_unused(output_dir, plain(options))
+        check_unused(output_dir, given)
 
     train_images, val_images, num_classes = load_data(options)
     data = {
@@ -138,16 +144,14 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     if progress.epoch >= options.epochs:
         log.info("nothing is left to do: %s is of the last epoch", path)
         return saved["metrics"]
-    origin = {"options": plain(options), "processes": distributed.world_size(), "initialization": source,
+    origin = {"options": given, "update_freq": options.update_freq, "processes": processes, "initialization": source,
         "precision": precision.name, "data": data}  # fmt: skip
     if output_dir and distributed.is_main():
-        about = {"environment": environment(device, distributed.world_size()), "revision": revision()}
-        run_folder.write_config(output_dir, {"options": origin["options"], "initialization": source, **about})
+        about = {"environment": environment(device, processes), "revision": revision()}
+        run_folder.write_config(output_dir, {"options": given, "initialization": source, **about})
         progress.best = bring_best(path, saved, output_dir) if saved else {}
-    with stop.deferred():
-        return train(
-            options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin
-        )
+    stop.defer()
+    return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
 
 def progress_of(saved: dict, steps: int) -> Progress:
@@ -182,6 +186,7 @@ def train(
     def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
         """The state within an epoch; with `metrics`, its line of log.txt, the state at its end, as the best where it is."""
         progress.sums["seconds"] = time.monotonic() - began
+        # of all ranks, which therefore all come here
         bad = {"bad_images": bad_of_all_ranks(images[0])} if options.bad_images == "skip" else {}
         if not (epoch_log and options.save_ckpt):
             return

@@ -27,7 +27,7 @@ def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
     The one given, where there is none, where it does so, or where it is not the checkpoint's own either.
     """
     then, given = training_defaults() | saved["options"], options["update_freq"]
-    total = then["update_freq"] * saved["processes"]
+    total = (saved["update_freq"] or then["update_freq"]) * saved["processes"]
     replays = options["compile_mode"] != "default"  # CUDA graphs, which accumulate nothing
     if given * processes == total or given != then["update_freq"] or total % processes or replays:
         return given
@@ -38,16 +38,19 @@ def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
     return kept
 
 
-def check_same_settings(path: Path, saved: dict, options: dict, processes: int, precision: str) -> None:
+def check_same_settings(
+    path: Path, saved: dict, options: dict, *, update_freq: int, processes: int, precision: str
+) -> None:
     """UserError naming what differs between a checkpoint's settings and this run's, where it decides the weights.
 
-    Another number of processes is none of it where `--update_freq` keeps the total batch: the same images make the
-    same updates, shared out differently.
+    Another number of processes is none of it where `update_freq`, as it is in effect, keeps the total batch: the same
+    images make the same updates, shared out differently.
     """
     then, freely = training_defaults() | saved["options"], {"update_freq": None}  # older ones lack newer options
     differences = differing(then | freely, options | freely)
-    if then["update_freq"] * saved["processes"] != options["update_freq"] * processes:
-        was, now = f"{saved['processes']} x {then['update_freq']}", f"{processes} x {options['update_freq']}"
+    was_freq = saved["update_freq"] or then["update_freq"]
+    if was_freq * saved["processes"] != update_freq * processes:
+        was, now = f"{saved['processes']} x {was_freq}", f"{processes} x {update_freq}"
         differences.append(f"processes x --update_freq was {was}, is {now}")
     if saved["precision"] != precision:
         differences.append(f"the precision was {saved['precision']}, is {precision} (--device, --use_amp, --amp_dtype)")
@@ -106,8 +109,12 @@ def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
     best = {}
     for metric, value in saved["best"].items():
         here, there = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
-        if not here.exists() and there.exists() and position_of(read_checkpoint(there)) <= position_of(saved):
-            write_atomically(here, there.read_bytes())
+        if not here.exists() and there.exists():
+            try:
+                if position_of(read_checkpoint(there)) <= position_of(saved):
+                    write_atomically(here, there.read_bytes())
+            except UserError as error:
+                log.warning("%s; the best is counted anew", error)
         if here.exists():
             best[metric] = value
     return best

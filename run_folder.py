@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from utils import UserError, first_line, write_atomically
 
@@ -25,28 +26,32 @@ def opened(name: str) -> Iterator[Path]:
     Raises UserError where another run has it or it cannot be written to.
     """
     folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
-    with open(folder / ".lock", "r+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            # of this process, not of the file as it is open: a forked worker that outlives the run does not hold it
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a+"))
+            lock(folder, file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
+            (folder / REQUEUE).unlink(missing_ok=True)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"--output_dir {folder} is in use by another run ({file.read().strip()})") from error
-            log.warning(
-                "--output_dir %s cannot be locked (%s): let no other run write to it", folder, first_line(error)
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        for unfinished in folder.glob(".*.tmp"):
-            unfinished.unlink(missing_ok=True)
-        (folder / REQUEUE).unlink(missing_ok=True)
+            raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
         yield folder
+
+
+def lock(folder: Path, file: TextIO) -> None:
+    """Lock the open file for this process, with a warning where that cannot be; UserError if another run has it."""
+    try:
+        # of this process, not of the file as it is open: a forked worker that outlives the run does not hold it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise UserError(f"--output_dir {folder} is in use by another run ({file.read().strip()})") from error
+        log.warning("--output_dir %s cannot be locked (%s): let no other run write to it", folder, first_line(error))
 
 
 def write_config(folder: Path, content: dict) -> None:

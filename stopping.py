@@ -1,11 +1,9 @@
 """Being asked to stop: a signal asks, the run answers at its next log step, with everything saved."""
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 from utils import Stopped
 
@@ -16,8 +14,8 @@ SAME_REQUEST = 2.0  # s; a launcher passes on a signal that the whole job got, s
 class StopSignals:
     """Inside, SIGTERM, SIGINT and SIGUSR1 ask the run to stop, and a second one ends the process at once.
 
-    The first raises Stopped where it finds the run, which loses nothing before training; within `deferred` it only
-    makes `asked` its name. Outside the main thread, where Python takes no signals, nothing is changed.
+    The first raises Stopped where it finds the run, which loses nothing before training; after `defer` it only makes
+    `asked` its name. Outside the main thread, where Python takes no signals, nothing is changed.
     """
 
     def __init__(self):
@@ -32,14 +30,9 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, whoever asks has to wait until somebody looks at `asked`."""
+    def defer(self) -> None:
+        """From now on, whoever asks has to wait until somebody looks at `asked`."""
         self._defers = True
-        try:
-            yield
-        finally:
-            self._defers = False
 
     def _take(self, number: int, _) -> None:
         name = signal.Signals(number).name
@@ -50,7 +43,7 @@ class StopSignals:
             signal.raise_signal(number)
         self.asked, self._since = name, time.monotonic()
         if not self._defers:
-            raise Stopped(f"{name} before the first update")
+            raise Stopped("before the first update")
         # not by logging, which this may have interrupted
         os.write(2, f"{name}: saving and ending at the next log step; once more ends at once\n".encode())
 

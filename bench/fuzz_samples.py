@@ -418,5 +418,5 @@ def training_state(tensors: dict[str, torch.Tensor]) -> dict:
     optimizer.step()
     return {"epoch": 3, "step": 40, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {},
         "metrics": {"train_loss": 2.5, "test_acc1": 41.0}, "best": {"test_acc1": 41.0}, "processes": 1,
-        "sums": {"loss": 7.5, "seconds": 3.0}, "skips_in_a_row": 0, "bad_images": [3, 17],
+        "sums": {"loss": 7.5, "seconds": 3.0}, "skips_in_a_row": 0, "bad_images": [3, 17], "update_freq": 1,
         "options": {"model": NAME, "lr": 1e-3, "aa": None}, "precision": "float32", "data": {"classes": ["a", "b"]}}  # fmt: skip

@@ -160,7 +160,7 @@ def test_user_error_is_one_line_and_exit_code_1(tmp_path):
 def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
     import distributed
 
-    for rank, expected in ((0, ["body", "told"]), (1, ["told", "body"])):
+    for rank, expected in ((0, ["body", "told", "told"]), (1, ["told", "body", "told"])):
         seen = []
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "of_all_ranks", lambda failed, seen=seen, **_: seen.append("told") or [failed])
@@ -198,10 +198,12 @@ def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeyp
     import distributed
 
     monkeypatch.setattr(
-        distributed, "of_all_ranks", lambda value, patiently=False: [value, value if patiently else (3, 20)]
+        distributed,
+        "of_all_ranks",
+        lambda value, patiently=False: [value, value if patiently else ("checkpoint-3.pth", 20)],
     )
     with pytest.raises(
-        script.UserError, match=r"checkpoints \(none, step 20 of epoch 3\): all nodes have to share --output_dir"
+        script.UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes have to share --output_dir"
     ):
         script.main(tiny_run())
 

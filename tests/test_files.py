@@ -255,15 +255,15 @@ def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, c
     for epoch in (8, 9, 10):
         save_numbered(tmp_path, state_of(epoch), keep=5)
     newest = tmp_path / "checkpoint-10.pth"
-    assert find_checkpoint("", tmp_path, auto_resume=True, training=True)[0] == newest
+    assert find_checkpoint("", tmp_path, file=None, auto_resume=True, training=True)[0] == newest
     newest.write_bytes(newest.read_bytes()[:-200])
-    path, state = find_checkpoint("", tmp_path, auto_resume=True, training=True)
+    path, state = find_checkpoint("", tmp_path, file=None, auto_resume=True, training=True)
     assert (path.name, state["epoch"]) == ("checkpoint-9.pth", 9)
     assert "checkpoint-10.pth" in caplog.text and "trying the one before it" in caplog.text
     for path in numbered_checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 3 checkpoints"):
-        find_checkpoint("", tmp_path, auto_resume=True, training=True)
+        find_checkpoint("", tmp_path, file=None, auto_resume=True, training=True)
 
 
 def test_oldest_checkpoints_go_and_the_best_stays(tmp_path):
@@ -288,16 +288,16 @@ def test_files_of_later_states_outlive_those_of_an_earlier_one(tmp_path):
 def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
     for epoch in (3, 4):
         save_checkpoint(tmp_path / f"checkpoint-{epoch}.pth", state_of(epoch))
+    file = tmp_path / "checkpoint-3.pth"
+    named = (str(file), tmp_path)
     with pytest.raises(UserError, match=r"--auto_resume false, but --output_dir has .*checkpoint-4"):
-        find_checkpoint("", tmp_path, auto_resume=False, training=True)
+        find_checkpoint("", tmp_path, file=None, auto_resume=False, training=True)
     with pytest.raises(
         UserError, match=r"--resume .*checkpoint-3.pth is of epoch 3, but --output_dir has .*checkpoint-4"
     ):
-        find_checkpoint(str(tmp_path / "checkpoint-3.pth"), tmp_path, auto_resume=True, training=True)
-    assert (
-        find_checkpoint(str(tmp_path / "checkpoint-3.pth"), tmp_path, auto_resume=True, training=False)[1]["epoch"] == 3
-    )
-    assert find_checkpoint("", tmp_path / "elsewhere", auto_resume=True, training=True) is None
+        find_checkpoint(*named, file=file, auto_resume=True, training=True)
+    assert find_checkpoint(*named, file=file, auto_resume=True, training=False)[1]["epoch"] == 3
+    assert find_checkpoint("", tmp_path / "elsewhere", file=None, auto_resume=True, training=True) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("optimizer", None), ("epoch", "0"), ("model", [1])])

@@ -104,6 +104,17 @@ def test_resume_names_a_file_and_starts_a_new_folder(tiny_run, tmp_path):
     assert_equal_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 
+def test_same_command_goes_on_where_it_named_a_file_to_start_from(tiny_run, tmp_path, monkeypatch):
+    script.main(tiny_run("--epochs", "3", output_dir=tmp_path / "a"))
+    again = tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-0.pth", output_dir=tmp_path / "b")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        pull_the_plug(patch, 7)
+        script.main(again)
+    assert (tmp_path / "b" / "checkpoint-1.pth").exists()
+    script.main(again)
+    assert_equal_weights(*(weights_of(tmp_path / name, "checkpoint-2.pth") for name in "ab"))
+
+
 def test_resuming_with_other_settings_names_them_and_changes_nothing(tiny_run, tmp_path):
     script.main(tiny_run("--epochs", "2"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -213,7 +224,7 @@ def test_one_process_goes_on_with_the_images_of_two(tiny_run, tmp_path):
     script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
     state = torch.load(tmp_path / "whole" / "checkpoint-0-2.pth", weights_only=True)
     (tmp_path / "other").mkdir()
-    state |= {"processes": 2, "options": state["options"] | {"update_freq": 1}}
+    state |= {"processes": 2, "update_freq": 1, "options": state["options"] | {"update_freq": 1}}
     torch.save(state, tmp_path / "other" / "checkpoint-0-2.pth")
     options[5] = "1"
     script.main(tiny_run(*options, output_dir=tmp_path / "other"))

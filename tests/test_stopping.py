@@ -66,11 +66,11 @@ def test_signal_in_an_evaluation_loses_no_update(tiny_run, tmp_path, monkeypatch
     assert [line["train_loss"] for line in run] == [line["train_loss"] for line in whole]
 
 
-def test_signal_before_training_ends_at_once_and_asks_for_more(tiny_run, tmp_path, monkeypatch):
+def test_signal_before_training_ends_at_once_and_leaves_no_marker(tiny_run, tmp_path, monkeypatch):
     send_at(monkeypatch, assemble, "pick", signal.SIGUSR1)
-    with pytest.raises(Stopped, match="SIGUSR1 before the first update"):
+    with pytest.raises(Stopped, match="^before the first update$"):
         script.main(tiny_run())
-    assert (tmp_path / "run" / run_folder.REQUEUE).exists()
+    assert not (tmp_path / "run" / run_folder.REQUEUE).exists()  # nothing tells it from the end of a job that failed
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
@@ -82,7 +82,8 @@ def test_exit_code_of_a_stopped_run_is_its_own():
 
 
 def test_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
-    with stopping.StopSignals() as stop, stop.deferred():
+    with stopping.StopSignals() as stop:
+        stop.defer()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes on what all processes got
         assert stop.asked == "SIGTERM"
@@ -131,6 +132,13 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
         raise AssertionError("not reached")
 
 
+def test_stop_of_a_run_that_saves_nothing_asks_for_no_more(tiny_run, tmp_path, monkeypatch):
+    send_at(monkeypatch, metrics.Speed, "add", signal.SIGTERM)
+    with pytest.raises(Stopped, match="after 1 of the 5 updates of epoch 0"):
+        script.main(tiny_run("--save_ckpt", "false", "--log_freq", "1"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "log.txt"}
+
+
 # ---- processes ----
 
 
@@ -167,7 +175,7 @@ def test_process_exits_with_75_and_its_workers_with_it(tiny_run, tmp_path):
 def test_second_signal_ends_at_once():
     waits = (
         "import sys; sys.path.insert(0, sys.argv[1])\nimport time, stopping\nstopping.SAME_REQUEST = 0\n"
-        "with stopping.StopSignals() as stop, stop.deferred():\n    print('ready', flush=True)\n"
+        "with stopping.StopSignals() as stop:\n    stop.defer()\n    print('ready', flush=True)\n"
         "    while True: time.sleep(0.1)"
     )
     run = subprocess.Popen(

@@ -59,18 +59,35 @@ def test_bench_notices_other_weights(tmp_path, monkeypatch):
 
 
 def test_signal_to_one_process_saves_and_ends_all(job, tiny_run, tmp_path):
-    options = ["--log_freq", "1", "--batch_size", "4"]
+    options = ["--log_freq", "1", "--batch_size", "4", "--epochs", "40"]
     whole = job(tiny_run(*options, output_dir=tmp_path / "whole"))
     run = job(tiny_run(*options))
-    wait_for(lambda: (tmp_path / "run" / "config.json").exists())
+    wait_for(lambda: (tmp_path / "run" / "log.txt").exists() and read_log(tmp_path / "run"))
     run.send(signal.SIGUSR1, [1])
-    codes = run.wait(60)
-    if codes != [0, 0]:  # on a slow machine the signal comes late
-        assert codes == [STOPPED, STOPPED], run.said.read_text()
-        assert (tmp_path / "run" / run_folder.REQUEUE).read_text().startswith("stopped by a signal to another process")
-        assert job(tiny_run(*options)).wait(60) == [0, 0], run.said.read_text()
+    assert run.wait(60) == [STOPPED, STOPPED], run.said.read_text()
+    assert (
+        (tmp_path / "run" / run_folder.REQUEUE).read_text().startswith("stopped by a signal to another process after")
+    )
+    assert job(tiny_run(*options)).wait(60) == [0, 0], run.said.read_text()
     assert whole.wait(60) == [0, 0]
-    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+    assert_equal_weights(*(weights_of(tmp_path / name, "checkpoint-39.pth") for name in ("run", "whole")))
+
+
+def test_one_process_goes_on_twice_with_the_images_of_two(job, tiny_run, tmp_path):
+    options = ["--batch_size", "4", "--epochs", "60", "--save_ckpt_steps", "2", "--log_freq", "1"]
+    run = job(tiny_run(*options))
+    wait_for(lambda: (tmp_path / "run" / "log.txt").exists() and read_log(tmp_path / "run"))
+    run.send(signal.SIGTERM)
+    assert run.wait(60) == [STOPPED, STOPPED], run.said.read_text()
+    epochs = len(read_log(tmp_path / "run"))
+    run = job(tiny_run(*options), processes=1)
+    wait_for(lambda: len(read_log(tmp_path / "run")) > epochs)
+    run.send(signal.SIGTERM)
+    assert run.wait(60) == [STOPPED], run.said.read_text()
+    assert "1 processes go on where 2 were: --update_freq 2 instead of 1 keeps the 8 images" in run.said.read_text()
+    assert job(tiny_run(*options), processes=1).wait(60) == [0], run.said.read_text()
+    assert job(tiny_run(*options)).wait(60) == [0, 0], run.said.read_text()
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == list(range(60))
 
 
 def test_process_that_hangs_ends_the_others(job, tiny_run, tmp_path):
