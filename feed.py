@@ -154,8 +154,7 @@ class EvaluationBatches:
         starts = range(0, len(self.indices), self.batch_size)
         batches = (self.pixels.batch(self.indices[start : start + self.batch_size]) for start in starts)
         for images, targets in loader.ahead(batches, self.device):
-            # the same operations in the same order as ToTensor and Normalize
-            yield images.permute(0, 3, 1, 2).contiguous().float().div(255).sub_(self.mean).div_(self.std), targets
+            yield loader.normalized(images, self.mean, self.std), targets
 
 
 class CroppedImages(Dataset):

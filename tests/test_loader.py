@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import datasets
 import loader
@@ -62,8 +64,23 @@ def generators():
     ],
 )
 def test_printed_transforms_equal_the_originals_but_for_the_added_resize(key, transform, added):
-    printed = [repr(step).replace("MaybeToTensor()", "ToTensor()") for step in transform.transforms]  # timm 1's name
-    assert printed == added + REFERENCE[key]
+    steps = added + REFERENCE[key]
+    last = steps.index("ToTensor()")
+    mean_and_std = [float(number) for number in re.findall(r"\d\.\d+", steps[last + 1])]
+    ours = transform.transforms[last]
+    assert isinstance(ours, loader.ToNormalizedTensor)
+    assert torch.cat((ours.mean, ours.std)).flatten().tolist() == pytest.approx(mean_and_std)
+    assert [repr(step) for step in transform.transforms if step is not ours] == steps[:last] + steps[last + 2 :]
+
+
+def test_normalized_tensors_are_those_of_torchvision_bit_for_bit():
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3).numpy()  # each level in each channel
+    steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    result = loader.ToNormalizedTensor(MEAN, STD)(Image.fromarray(levels))
+    assert torch.equal(result, transforms.Compose(steps)(Image.fromarray(levels))) and result.is_contiguous()
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
+    batch = loader.normalized(torch.from_numpy(levels)[None].expand(2, -1, -1, -1), mean, std)
+    assert torch.equal(batch, result.expand(2, -1, -1, -1)) and batch.is_contiguous()
 
 
 def test_added_resize_leaves_32_px_images_untouched():
@@ -83,7 +100,7 @@ def test_images_of_any_size_come_out_at_32_px(stored):
 
 def test_evaluation_from_384_px_warps_the_whole_image():
     steps = loader.eval_transform(384, mean=MEAN, std=STD).transforms
-    assert [type(step).__name__ for step in steps] == ["Resize", "ToTensor", "Normalize"]
+    assert [type(step).__name__ for step in steps] == ["Resize", "ToNormalizedTensor"]
     assert steps[0].size == (384, 384)
 
 
