@@ -285,13 +285,14 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> dict[
     return rates
 
 
-def ratios(rates: dict[str, list[float]], task: str, other: str) -> str:
-    """The median of a task's speed over another's in the same round, and between what half of the rounds lie."""
+def ratio(rates: dict[str, list[float]], task: str, other: str) -> str:
+    """A task's speed over another's in all rounds together, and the standard error of that by leaving out one at a time."""
     if other not in rates:
         return ""
-    each = [mine / its for mine, its in zip(rates[task], rates[other], strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-    return f"{middle:.3f} ({low:.2f}..{high:.2f})"
+    mine, its = (1 / np.array(rates[name]) for name in (task, other))  # seconds an image, which add up
+    whole, without = its.sum() / mine.sum(), (its.sum() - its) / (mine.sum() - mine)
+    error = np.sqrt((len(mine) - 1) * without.var()) if len(mine) > 1 else np.nan
+    return f"{whole:.3f} ± {error:.3f}"
 
 
 def table(name: str, bench: Bench, rates: dict[str, list[float]], peak_rate: float) -> list[str]:
@@ -302,11 +303,11 @@ def table(name: str, bench: Bench, rates: dict[str, list[float]], peak_rate: flo
         "",
         f"{bench.flops / 1e9:.2f} GFLOP an image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
-        "| what | images/s, median (least..most) | c/a, median of rounds (quartiles) | c/d | share of that product's speed |",
+        "| what | images/s, median (least..most) | c/a, all rounds ± standard error | c/d | share of that product's speed |",
         "|---|---:|---:|---:|---:|",
     ]
     for task, values in rates.items():
-        shares = [ratios(rates, task, other) if task.startswith("c") else "" for other in ("a: bare step", ORIGINAL)]
+        shares = [ratio(rates, task, other) if task.startswith("c") else "" for other in ("a: bare step", ORIGINAL)]
         share = "" if task.startswith("b") else f"{100 * middle[task] * bench.flops / peak_rate:.1f} %"
         shown = f"{middle[task]:.1f} ({min(values):.1f}..{max(values):.1f})"
         if task.startswith(HOST_PART):
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--batch_sizes", nargs="+", type=int, help="(default: the recipes' on a GPU, 16 on a CPU)")
     add("--ways", nargs="+", choices=WAYS, help="(default: all on a GPU, what a CPU is trained by on a CPU)")
     add("--input_size", type=int, default=224)
-    add("--num_workers", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
+    add("--num_workers", type=int, help="(default: cores - 1; on a CPU all, that the data takes from each alike)")
     add("--use_amp", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     add("--amp_dtype", choices=("float16", "bfloat16"))
     add("--compile", action="store_true")
@@ -350,6 +351,8 @@ def main(argv: list[str] | None = None) -> dict:
     options.device, on_gpu = str(device), device.type == "cuda"
     options.use_amp = on_gpu if options.use_amp is None else options.use_amp
     options.rounds = options.rounds or (3 if on_gpu else 8)
+    if options.num_workers is None:
+        options.num_workers = max(1, len(os.sched_getaffinity(0)) - on_gpu)
     options.ways = options.ways or [way for way in WAYS if on_gpu or way in ON_CPU]
     torch.backends.cudnn.benchmark = True
     dtype = engine.Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
