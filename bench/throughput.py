@@ -105,9 +105,10 @@ class Bench:
         # torch counts too much for the backward pass of a grouped convolution: what the forward takes is right
         return 3 * counter.get_total_flops() - 2 * made[0] * first.weight[0].numel()
 
-    def source(self, way: str) -> Iterator:
-        """Batches by this way without end; the same iterator each time it is asked for."""
-        if way not in self.sources:
+    def source(self, way: str, name: str | None = None) -> Iterator:
+        """Batches by this way without end; the same iterator, and workers, each time it is asked for by that name."""
+        name = name or way
+        if name not in self.sources:
             augment, cache = WAYS[way]
             order = loader.TrainBatches(
                 len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0
@@ -122,28 +123,28 @@ class Bench:
                 self.images, order, augment=augment, cache=cache, cache_size=None, input_size=self.options.input_size,
                 mean=mean, std=std, augmentation=RECIPE, seed=0, device=self.device, workers=workers
             )  # fmt: skip
-            self.batches[way], self.sources[way] = batches, _endless(batches)
+            self.batches[name], self.sources[name] = batches, _endless(batches)
             others = set(multiprocessing.active_children())
-            next(self.sources[way])
-            self.workers[way] = set(multiprocessing.active_children()) - others
-            self._send(way, signal.SIGSTOP)
-        return self.sources[way]
+            next(self.sources[name])
+            self.workers[name] = set(multiprocessing.active_children()) - others
+            self._send(name, signal.SIGSTOP)
+        return self.sources[name]
 
-    def _send(self, way: str, number: int) -> None:
-        for worker in self.workers.get(way, ()):
+    def _send(self, source: str | None, number: int) -> None:
+        for worker in self.workers.get(source, ()):
             os.kill(worker.pid, number)
 
     @contextlib.contextmanager
-    def awake(self, way: str):
-        """Inside, the workers of this way work; outside they stand still, and take nothing from other measurements."""
-        self._send(way, signal.SIGCONT)
+    def awake(self, source: str | None):
+        """Inside, the workers of this source work; outside they stand still, and take nothing from other measurements."""
+        self._send(source, signal.SIGCONT)
         yield
-        self._send(way, signal.SIGSTOP)
+        self._send(source, signal.SIGSTOP)
 
     def close(self) -> None:
         """End all workers."""
-        for way in self.workers:
-            self._send(way, signal.SIGCONT)
+        for source in self.workers:
+            self._send(source, signal.SIGCONT)
         self.batches.clear(), self.sources.clear(), self.workers.clear()
 
     def resident(self) -> Iterator:
@@ -234,8 +235,8 @@ def _endless(batches) -> Iterator:
 
 
 def rate(steps: Callable[[int], None], batch_size: int, seconds: float) -> float:
-    """Images a second over `seconds` or three steps, whichever is longer."""
-    count, chunk, start = 0, 3, time.perf_counter()
+    """Images a second over `seconds` or one step, whichever is longer."""
+    count, chunk, start = 0, 1, time.perf_counter()
     while True:
         steps(chunk)
         count += chunk
@@ -258,30 +259,33 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> dict[str, list[float]]:
-    """Images a second, by what was measured, for each round; every other round goes the other way."""
-    tasks, way_of = {"a: bare step": bench.train(bench.resident())}, {}
+    """Images a second, by what was measured, for each round; every other round goes the other way.
+
+    What is a training loop has workers of its own, which stand still outside its turns: each turn goes on where the one
+    before it ended, so that turns may be short, and those of a round are of the same minute.
+    """
+    loops, alone = {"a: bare step": (bench.train(bench.resident()), None)}, {}
     for way in ways:
         source = bench.source(way)
-        tasks[f"b: data alone, {way}"], tasks[f"c: training, {way}"] = bench.load(source), bench.train(source)
+        alone[f"b: data alone, {way}"] = bench.load(source), way
         if way not in WITH_WORKERS:
-            tasks[f"{HOST_PART}, {way}"] = bench.host(way)
-        way_of |= {name: way for name in tasks if name not in way_of and name != "a: bare step"}
+            alone[f"{HOST_PART}, {way}"] = bench.host(way), way
+        loops[f"c: training, {way}"] = bench.train(source), way
     if "timm" in ways:
-        tasks[ORIGINAL], way_of[ORIGINAL] = bench.original(bench.source("timm")), "timm"
-    rates = {name: [] for name in tasks}
-    for number in range(options.rounds + 1):  # the first one is not counted
-        for name in list(tasks)[:: -1 if number % 2 else 1]:
-            steps, waits = tasks[name], not name.startswith(HOST_PART)
-            with bench.awake(way_of.get(name)):
-                if way_of.get(name) in WITH_WORKERS:
-                    bench.load(bench.source(way_of[name]))(
-                        2 * options.num_workers
-                    )  # what lies ready is not their speed
-                if waits and not name.startswith("b"):
-                    steps(2)  # until as much is made as is used up
-                seconds = options.seconds / 4 if name.startswith("b") else options.seconds
-                if number:
-                    rates[name].append(rate(steps, bench.batch_size if waits else HOST_BATCH, seconds))
+        loops[ORIGINAL] = bench.original(bench.source("timm", ORIGINAL)), ORIGINAL
+    rates = {name: [] for name in sorted([*alone, *loops])}
+    for tasks, seconds in ((alone, 0.5), (loops, options.seconds)):
+        for steps, source in tasks.values():
+            with bench.awake(source):
+                if bench.workers.get(source):
+                    bench.load(bench.sources[source])(2 * options.num_workers)  # what lies ready is not their speed
+                steps(3)  # until as much is made as is used up
+        for number in range(options.rounds if tasks is loops else min(options.rounds, 8)):
+            for name in list(tasks)[:: -1 if number % 2 else 1]:
+                steps, source = tasks[name]
+                with bench.awake(source):
+                    size = HOST_BATCH if name.startswith(HOST_PART) else bench.batch_size
+                    rates[name].append(rate(steps, size, seconds))
     return rates
 
 
@@ -337,12 +341,11 @@ def main(argv: list[str] | None = None) -> dict:
     add("--use_amp", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     add("--amp_dtype", choices=("float16", "bfloat16"))
     add("--compile", action="store_true")
-    add("--rounds", type=int, help="(default: 3 on a GPU, 8 on a CPU)")
+    add("--rounds", type=int, help="(default: 4 on a GPU, 32 on a CPU)")
     add(
         "--seconds",
         type=float,
-        default=2,
-        help="for each measurement of each round, a quarter for the data alone (default: 2)",
+        help="for each loop in each round, at least a step (default: 2 on a GPU, a step on a CPU)",
     )
     add("--out", type=Path, help="writes OUT.md and OUT.json")
     options = parser.parse_args(argv)
@@ -350,7 +353,8 @@ def main(argv: list[str] | None = None) -> dict:
     device = distributed.pick_device(options.device)
     options.device, on_gpu = str(device), device.type == "cuda"
     options.use_amp = on_gpu if options.use_amp is None else options.use_amp
-    options.rounds = options.rounds or (3 if on_gpu else 8)
+    options.rounds = options.rounds or (4 if on_gpu else 32)
+    options.seconds = 2.0 * on_gpu if options.seconds is None else options.seconds
     if options.num_workers is None:
         options.num_workers = max(1, len(os.sched_getaffinity(0)) - on_gpu)
     options.ways = options.ways or [way for way in WAYS if on_gpu or way in ON_CPU]
@@ -383,7 +387,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Hardware: {hardware}, {len(os.sched_getaffinity(0))} cores, {options.num_workers} workers, "
         f"{torch.get_num_threads()} threads; {str(dtype).removeprefix('torch.')}; {'compiled' if options.compile else 'not compiled'}.",
         f"{len(images)} images of {folder.name if options.data else '32 px noise'}; n = {options.rounds} rounds in turns of "
-        f"{options.seconds:g} s; {time.monotonic() - start:.0f} s in all.",
+        f"{f'{options.seconds:g} s' if options.seconds else 'one step'}; {time.monotonic() - start:.0f} s in all.",
         f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}; this code {revision()}.",
         f"Command: `python bench/throughput.py {' '.join(sys.argv[1:] if argv is None else argv)}`",
     ]
