@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
-from loader import ahead
 from metrics import DeviceSums, Speed, count_in_top
 from optim_factory import set_schedules
 from utils import Stopped, Stream, UserError, derive_seed
+from workers import ahead
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 import loader
 from augment import DeviceAugment
@@ -13,8 +13,7 @@ from cache import CachedImages, Shrink, cache_images, check_fits, free_memory
 from datasets import Images
 from distributed import of_all_ranks
 from utils import UserError
-
-Batch = tuple[Tensor, Tensor]
+from workers import Batch, WorkerBatches, ahead
 
 
 def train_batches(
@@ -24,7 +23,7 @@ def train_batches(
     """One rank's augmented batches (float [batch, 3, S, S], class numbers [batch]), again and again, in `order`.
 
     `augment` "timm": each image in a worker; "device": batches on `device`. `cache`, `cache_size`: where images are kept
-    decoded, and how large. `augmentation` are the options that both ways share, `workers` those of DataLoaders.
+    decoded, and how large. `augmentation` are the options that both ways share, `workers` those of WorkerBatches.
     """
     # what is wrong with the options is said before hours of decoding
     shared = {"input_size": input_size, "mean": mean, "std": std, **augmentation}
@@ -34,15 +33,17 @@ def train_batches(
         prepare = Shrink(cache_size, square=cache == "device") if cache_size else None
         images = cache_images(images, prepare=prepare, num_workers=workers["num_workers"])
     if augment == "timm":
-        return loader.make_loader(loader.TransformedImages(images, transform, seed), batch_sampler=order, **workers)
+        transformed = loader.TransformedImages(images, transform, seed)
+        return WorkerBatches(transformed, order, (3, input_size, input_size), persistent=True, **workers)
     uniform = isinstance(images, CachedImages) and images.is_uniform
     if cache == "device" and not uniform:
         raise UserError(
             f"--cache device keeps images of one size, those of {images.name} have several: give --cache_size"
         )
     if not uniform or (cache == "ram" and images.sizes.max() > 2 * input_size):  # less to copy if workers crop them
-        cropped = CroppedImages(images, on_device)
-        return AugmentedBatches(order, loader.make_loader(cropped, batch_sampler=order, **workers), on_device, device)
+        cropped, shape = CroppedImages(images, on_device), (input_size, input_size, 3)
+        pixels = WorkerBatches(cropped, order, shape, torch.uint8, persistent=True, **workers)
+        return AugmentedBatches(order, pixels, on_device, device)
     on_device.crop, on_device.shapes = True, images.shapes if (images.shapes != images.sizes).any() else None
     resident = resident_on(images, device if cache == "device" else None, workers["pin_memory"])
     return AugmentedBatches(order, resident, on_device, device)
@@ -56,7 +57,8 @@ def eval_batches(
     if cache == "none":
         transform = loader.eval_transform(input_size, mean, std, crop_pct=crop_pct)
         transformed = loader.TransformedImages(images, transform)
-        return loader.make_loader(transformed, batch_size=batch_size, indices=indices, **workers)
+        order = BatchSampler(indices, batch_size, drop_last=False)
+        return WorkerBatches(transformed, order, (3, input_size, input_size), **workers)
     crop = loader.eval_crop(input_size, crop_pct)
     cached = cache_images(images, prepare=crop, num_workers=workers["num_workers"])
     if cache == "ram":
@@ -115,7 +117,7 @@ class Resident:
 class AugmentedBatches:
     """One rank's training batches, augmented where training happens: (float [batch, 3, S, S], class numbers [batch]).
 
-    `pixels` are `Resident`, or a DataLoader of uint8 batches [batch, H, W, 3] in the order of `batch_sampler`. The
+    `pixels` are `Resident`, or WorkerBatches of uint8 [batch, H, W, 3] in the order of `batch_sampler`. The
     draws depend on the images alone; the noise of erased boxes on (epoch, chunk).
     """
 
@@ -130,7 +132,7 @@ class AugmentedBatches:
         if isinstance(batches, Resident):
             batches = (self.pixels.batch(np.array(order)[:, 1]) for order in iter(sampler))
         first = sampler.first_step * sampler.update_freq
-        for number, (images, targets) in enumerate(loader.ahead(batches, self.device)):
+        for number, (images, targets) in enumerate(ahead(batches, self.device)):
             order = np.array(next(orders))  # [batch, 2]: epoch, index
             chunk = (first + number) * sampler.world_size + sampler.rank
             epoch = int(order[0, 0])
@@ -153,7 +155,7 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.indices), self.batch_size)
         batches = (self.pixels.batch(self.indices[start : start + self.batch_size]) for start in starts)
-        for images, targets in loader.ahead(batches, self.device):
+        for images, targets in ahead(batches, self.device):
             yield loader.normalized(images, self.mean, self.std), targets
 
 

@@ -1,9 +1,8 @@
-"""From images to batches: per-image transforms, the order of an epoch, each rank's share, mixup."""
+"""What a batch holds: per-image transforms and their draws, the order of an epoch, each rank's share, mixup."""
 
 import functools
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,11 +10,10 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 
 from datasets import Images
-from stopping import leave_to_parent
 from utils import Stream, UserError, derive_seed, permutation, seed_all
 
 
@@ -198,56 +196,6 @@ def check_batches(num_images: int, batch_size: int, update_freq: int, world_size
 def shard(num_images: int, rank: int, world_size: int) -> range:
     """The indices that one rank evaluates: over all ranks each image exactly once, no padding."""
     return range(rank, num_images, world_size)
-
-
-def make_loader(
-    dataset: Dataset, *, batch_sampler: TrainBatches | None = None, batch_size: int | None = None,
-    indices: Sequence[int] | None = None, num_workers: int, pin_memory: bool, yielding: bool = False
-) -> DataLoader:  # fmt: skip
-    """Batches (images [batch, 3, S, S], targets [batch] int64) in the order of `batch_sampler` or of `indices`.
-
-    `yielding` workers run when the training leaves a core idle: for training on these same cores.
-    """
-    order = {"sampler": range(len(dataset)) if indices is None else indices, "batch_size": batch_size}
-    if batch_sampler is not None:
-        order = {"batch_sampler": batch_sampler, "persistent_workers": num_workers > 0}
-    # without its own generator every pass over it draws from the one that the model draws from
-    common = {
-        "num_workers": num_workers,
-        "worker_init_fn": functools.partial(_start_worker, yielding),
-        "generator": torch.Generator(),
-    }
-    return DataLoader(dataset, pin_memory=pin_memory, **common, **order)
-
-
-@functools.cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one for all: memory that was freed is kept for the stream it was used on
-
-
-def ahead(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches on `device`; on cuda each is copied, from pinned memory, while the one before it is in use."""
-    if device.type != "cuda":
-        yield from (tuple(part.to(device) for part in batch) for batch in batches)
-        return
-    copying, ready = _copying_stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(copying):
-            following = tuple(part.to(device, non_blocking=True) for part in batch)
-        if ready is not None:
-            yield ready
-        torch.cuda.current_stream(device).wait_stream(copying)
-        for part in following:
-            part.record_stream(torch.cuda.current_stream(device))  # or its memory could be given away while in use
-        ready = following
-    if ready is not None:
-        yield ready
-
-
-def _start_worker(yielding: bool, _: int) -> None:
-    leave_to_parent()
-    if yielding:
-        os.nice(19)
 
 
 class Mixer:

@@ -30,6 +30,7 @@ import timm
 import torch
 from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
@@ -38,6 +39,7 @@ import engine
 import feed
 import loader
 import models
+import workers
 from optim_factory import create_optimizer, parameter_groups
 from utils import revision, seed_all
 
@@ -114,15 +116,21 @@ class Bench:
                 len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0
             )
             mean, std = loader.mean_and_std(True)
-            workers = {
-                "num_workers": self.options.num_workers,
-                "pin_memory": self.device.type == "cuda",
-                "yielding": self.device.type == "cpu",
-            }
-            batches = feed.train_batches(
-                self.images, order, augment=augment, cache=cache, cache_size=None, input_size=self.options.input_size,
-                mean=mean, std=std, augmentation=RECIPE, seed=0, device=self.device, workers=workers
-            )  # fmt: skip
+            how = {"num_workers": self.options.num_workers, "pin_memory": self.device.type == "cuda"}
+            if name == ORIGINAL:
+                transform = loader.train_transform(self.options.input_size, mean, std, **RECIPE)
+                batches = DataLoader(
+                    loader.TransformedImages(self.images, transform),
+                    batch_sampler=order,
+                    persistent_workers=how["num_workers"] > 0,
+                    **how,
+                )
+            else:
+                how["yielding"] = self.device.type == "cpu"
+                batches = feed.train_batches(
+                    self.images, order, augment=augment, cache=cache, cache_size=None, input_size=self.options.input_size,
+                    mean=mean, std=std, augmentation=RECIPE, seed=0, device=self.device, workers=how
+                )  # fmt: skip
             self.batches[name], self.sources[name] = batches, _endless(batches)
             others = set(multiprocessing.active_children())
             next(self.sources[name])
@@ -181,7 +189,7 @@ class Bench:
         """A function that only waits for so many batches."""
 
         def steps(count: int) -> None:
-            for images, _ in loader.ahead(itertools.islice(source, count), self.device):
+            for images, _ in workers.ahead(itertools.islice(source, count), self.device):
                 images = images.contiguous()
             images[0, 0, 0, 0].item()
 
@@ -199,7 +207,7 @@ class Bench:
         return steps
 
     def original(self, source: Iterator) -> Callable[[int], None]:
-        """Training with the habits of the paper's loop: it waits for the device several times a step."""
+        """Training with the habits of the paper's loop: a DataLoader's batches, several waits for the device a step."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
         mixer = loader.build_mixer(num_classes=self.images.classes, seed=0, **MIXING)
         criterion, precision = SoftTargetCrossEntropy(), self.trainer().precision
@@ -272,7 +280,9 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> dict[
             alone[f"{HOST_PART}, {way}"] = bench.host(way), way
         loops[f"c: training, {way}"] = bench.train(source), way
     if "timm" in ways:
-        loops[ORIGINAL] = bench.original(bench.source("timm", ORIGINAL)), ORIGINAL
+        source = bench.source("timm", ORIGINAL)
+        alone[f"b: data alone, {ORIGINAL.removeprefix('d: ')}"] = bench.load(source), ORIGINAL
+        loops[ORIGINAL] = bench.original(source), ORIGINAL
     rates = {name: [] for name in sorted([*alone, *loops])}
     for tasks, seconds in ((alone, 0.5), (loops, options.seconds)):
         for steps, source in tasks.values():

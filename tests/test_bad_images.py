@@ -286,7 +286,8 @@ def epoch(images, way, num_workers):
     train = feed.train_batches(
         images, order, augment=way[0], cache_size=None, augmentation=augmentation, seed=0, **shared
     )
-    return list(train), list(feed.eval_batches(images, range(0, 40, 3), 4, crop_pct=None, **shared))
+    evaluation = feed.eval_batches(images, range(0, 40, 3), 4, crop_pct=None, **shared)
+    return tuple([(images.clone(), targets) for images, targets in batches] for batches in (train, evaluation))
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)

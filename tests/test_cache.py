@@ -138,8 +138,7 @@ def test_evaluation_from_a_cache_gives_the_same_tensors(input_size, crop_pct, mi
     shared = {"input_size": input_size, "crop_pct": crop_pct, "mean": MEAN, "std": STD, "device": torch.device("cpu")}
     workers = {"num_workers": 0, "pin_memory": False}
     plain, cached = (
-        list(feed.eval_batches(mixed, range(1, 6, 2), 2, cache=kind, workers=workers, **shared))
-        for kind in ("none", "ram")
+        feed.eval_batches(mixed, range(1, 6, 2), 2, cache=kind, workers=workers, **shared) for kind in ("none", "ram")
     )
     assert [len(images) for images, _ in cached] == [2, 1]
     for (images, targets), (expected, labels) in zip(cached, plain, strict=True):

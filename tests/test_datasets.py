@@ -13,10 +13,12 @@ import pytest
 import torchvision.datasets.utils
 from PIL import Image
 from scipy.io import savemat
+from torch.utils.data import BatchSampler
 
 import datasets
 import loader
 from utils import UserError
+from workers import WorkerBatches
 
 
 def colour(label):
@@ -312,13 +314,13 @@ def test_hugging_face_set_decodes_in_this_process_and_in_workers(tmp_path):
     assert (image.mode, image.size, label, image.getpixel((0, 0))) == ("RGB", (16, 16), 3, colour(3))
 
     eye = loader.eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
+    order, items = BatchSampler(range(5), 2, False), loader.TransformedImages(train, eye)
     passes = [
-        list(
-            loader.make_loader(
-                loader.TransformedImages(train, eye), batch_size=2, num_workers=workers, pin_memory=False
-            )
-        )
-        for workers in (0, 2)
+        [
+            (images.clone(), labels)
+            for images, labels in WorkerBatches(items, order, (3, 16, 16), num_workers=count, pin_memory=False)
+        ]
+        for count in (0, 2)
     ]
     for (images0, labels0), (images2, labels2) in zip(*passes, strict=True):
         assert labels0.equal(labels2)
@@ -512,7 +514,8 @@ def test_broken_image_in_a_worker_is_the_same_one_line(tmp_path):
     with pytest.raises(datasets.BadImage) as here:
         images[4]
     eye = loader.eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
-    batches = loader.make_loader(loader.TransformedImages(images, eye), batch_size=3, num_workers=1, pin_memory=False)
+    items, order = loader.TransformedImages(images, eye), BatchSampler(range(len(images)), 3, False)
+    batches = WorkerBatches(items, order, (3, 16, 16), num_workers=1, pin_memory=False)
     with pytest.raises(datasets.BadImage) as there:
         list(batches)
     assert one_line(there) == str(here.value)

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from torchvision import transforms
 
 import datasets
 import loader
-import stopping
 from utils import UserError
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_values.json").read_text())["transforms"]
@@ -138,13 +136,6 @@ def test_training_items_leave_the_global_generators_as_they_were():
     assert generators() == before
 
 
-def test_loader_passes_leave_the_global_generators_as_they_were():
-    before = generators()
-    list(loader.make_loader(training_items(), batch_sampler=sampler(12, 4), num_workers=0, pin_memory=False))
-    list(loader.make_loader(evaluation_items(), batch_size=5, num_workers=0, pin_memory=False))
-    assert generators() == before
-
-
 # --- order of training
 
 
@@ -199,50 +190,7 @@ def test_first_step_continues_within_the_epoch():
     assert list(batches) == whole[6:]
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_batches_are_equal_whatever_the_number_of_workers(epochs):
-    passes = []
-    for workers in (0, 1, 2):
-        batches = sampler(12, 4)
-        batch_loader = loader.make_loader(
-            training_items(), batch_sampler=batches, num_workers=workers, pin_memory=False
-        )
-        for epoch in range(epochs):
-            batches.set_epoch(epoch)
-            result = [torch.cat(column) for column in zip(*batch_loader, strict=True)]
-        passes.append(result)
-    for images, labels in passes[1:]:
-        assert torch.equal(images, passes[0][0])
-        assert torch.equal(labels, passes[0][1])
-    assert images.shape == (12, 3, 32, 32)
-    assert labels.dtype == torch.int64
-
-
-def test_training_workers_persist_and_evaluation_workers_do_not():
-    training = loader.make_loader(training_items(), batch_sampler=sampler(12, 4), num_workers=1, pin_memory=False)
-    evaluation = loader.make_loader(evaluation_items(), batch_size=4, num_workers=1, pin_memory=False)
-    assert training.persistent_workers
-    assert not evaluation.persistent_workers
-
-
-def test_workers_leave_signals_to_the_run():
-    class Handler(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
-            return int(all(ignored) and signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-
-    with stopping.StopSignals():
-        assert next(iter(loader.make_loader(Handler(), batch_size=1, num_workers=1, pin_memory=False))).item() == 1
-
-
 # --- evaluation
-
-
-def evaluation_items(count=12):
-    return loader.TransformedImages(noise(count), loader.eval_transform(32, mean=MEAN, std=STD))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 13])
@@ -250,23 +198,6 @@ def test_shards_hold_every_image_exactly_once(world_size):
     shards = [list(loader.shard(11, rank, world_size)) for rank in range(world_size)]
     assert sorted(index for shard in shards for index in shard) == list(range(11))
     assert shards[1 % world_size][:1] == [1 % world_size]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_keeps_the_order_of_its_indices(workers):
-    items = evaluation_items(11)
-    shard = loader.shard(11, 1, 2)
-    batch_loader = loader.make_loader(items, batch_size=2, indices=shard, num_workers=workers, pin_memory=False)
-    images = torch.cat([batch for batch, _ in batch_loader])
-    assert [len(labels) for _, labels in batch_loader] == [2, 2, 1]
-    assert torch.equal(images, torch.stack([items[index][0] for index in (1, 3, 5, 7, 9)]))
-
-
-def test_shard_without_images_gives_no_batches():
-    indices = loader.shard(2, 3, 4)
-    assert not list(
-        loader.make_loader(evaluation_items(), batch_size=2, indices=indices, num_workers=0, pin_memory=False)
-    )
 
 
 # --- shares of the data
@@ -358,14 +289,3 @@ def test_mixer_is_none_only_when_all_three_are_off():
     assert mixer(mixup=0.0, cutmix=0.0, cutmix_minmax=[0.2, 0.8]) is not None
     assert mixer(mixup=0.0) is not None
     assert mixer(cutmix=0.0) is not None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_copied_ahead_are_the_batches():
-    batches = [(torch.full((64, 3, 64, 64), float(n)), torch.full((64,), n)) for n in range(6)]
-    pinned = [tuple(part.pin_memory() for part in batch) for batch in batches]
-    seen = [
-        (float(images.mean()), int(targets[0])) for images, targets in loader.ahead(pinned, torch.device("cuda", 0))
-    ]
-    assert seen == [(float(n), n) for n in range(6)]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LINES = [
     ["utils", "options", "containers"],
     ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops", "stopping"],
-    ["metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder"],
+    ["metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder", "workers"],
     ["feed", "resume"],
     ["engine"],
     ["assemble"],

@@ -1,0 +1,262 @@
+"""Batches from workers: the same ones however many make them, in memory that is used again, by workers that yield."""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler
+
+import datasets
+import loader
+import stopping
+import workers
+from utils import UserError
+
+SHAPE = (3, 32, 32)
+MEAN, STD = loader.mean_and_std(True)
+ALONE = {"num_workers": 0, "pin_memory": False}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def noise(count):
+    """`count` different pictures with labels 0, 1, 2, 0, ..."""
+    arrays = np.random.RandomState(0).randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return datasets.Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
+
+
+def order(count, batch_size):
+    return loader.TrainBatches(count, batch_size=batch_size, update_freq=1, world_size=1, rank=0, seed=0)
+
+
+def training_batches(num_workers, **options):
+    policy = {"color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "train_interpolation": "bicubic"}
+    transform = loader.train_transform(32, mean=MEAN, std=STD, reprob=0.25, remode="pixel", recount=1, **policy)
+    items = loader.TransformedImages(noise(24), transform, seed=0)
+    options = {"num_workers": num_workers, "pin_memory": False, "persistent": True, **options}
+    return workers.WorkerBatches(items, order(24, 4), SHAPE, **options)
+
+
+def evaluation_batches(indices, batch_size, **options):
+    items = loader.TransformedImages(noise(11), loader.eval_transform(32, mean=MEAN, std=STD))
+    return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), SHAPE, **{**ALONE, **options})
+
+
+def copied(batches):
+    return [tuple(part.clone() for part in batch) for batch in batches]
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Item n is n, as a tensor [1] and as a label."""
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)]), index
+
+
+def numbers(count, batch_size=1, num_workers=0, **options):
+    keys = BatchSampler(range(count), batch_size, False)
+    return workers.WorkerBatches(Numbers(), keys, (1,), **{**ALONE, "num_workers": num_workers, **options})
+
+
+def generators():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+# --- which batches
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_batches_are_equal_whatever_the_number_of_workers(epochs):
+    passes = []
+    for count, yielding in ((0, False), (1, True), (2, False), (3, True)):
+        batches = training_batches(count, yielding=yielding)
+        for epoch in range(epochs):
+            batches.batch_sampler.set_epoch(epoch)
+            result = copied(batches)
+        passes.append([torch.cat(column) for column in zip(*result, strict=True)])
+    for images, labels in passes[1:]:
+        assert torch.equal(images, passes[0][0])
+        assert torch.equal(labels, passes[0][1])
+    assert images.shape == (24, 3, 32, 32)
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_keeps_the_order_of_its_indices(num_workers):
+    batches = evaluation_batches(loader.shard(11, 1, 2), 2, num_workers=num_workers)
+    images = torch.cat([images for images, _ in copied(batches)])
+    assert [len(labels) for _, labels in batches] == [2, 2, 1]
+    assert torch.equal(images, torch.stack([batches.items[index][0] for index in (1, 3, 5, 7, 9)]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_without_images_gives_no_batches(num_workers):
+    assert not list(evaluation_batches(loader.shard(2, 3, 4), 2, num_workers=num_workers))
+
+
+def test_a_pass_that_was_left_early_does_not_leak_into_the_next():
+    batches = numbers(40, num_workers=2, persistent=True)
+    passes = iter(batches)
+    assert [int(next(passes)[1]) for _ in range(5)] == list(range(5))
+    assert [int(images[0, 0]) for images, _ in batches] == list(range(40))
+
+
+def test_passes_leave_the_global_generators_as_they_were():
+    before = generators()
+    list(training_batches(0)), list(evaluation_batches(range(11), 5))
+    assert generators() == before
+
+
+# --- their memory
+
+
+def test_a_batch_holds_until_the_next_is_asked_for():
+    for count in (0, 1, 3):
+        for number, (images, targets) in enumerate(numbers(30, num_workers=count)):
+            time.sleep(0.002)  # time for workers that are ahead to write into it
+            assert images.item() == targets.item() == number
+
+
+def test_memory_is_used_again():
+    batches = list(numbers(30, num_workers=2))
+    assert len({images.data_ptr() for images, _ in batches}) == 2 * workers.AHEAD + 1
+
+
+def test_memory_is_given_back_after_a_pass():
+    list(numbers(4))
+    assert not workers.Slots.known
+
+
+@pytest.mark.parametrize(("count", "persistent", "slots"), [(3, False, 3), (3, True, 9), (100, False, 9)])
+def test_memory_is_for_what_workers_are_ahead_but_no_more_than_an_evaluation_has(count, persistent, slots):
+    batches = numbers(count, num_workers=4, persistent=persistent)
+    assert batches._start().dataset.slots.pixels.shape == (slots, 1, 1)
+
+
+def test_too_little_shared_memory_is_one_line():
+    images = evaluation_batches(range(11), 10**9, num_workers=1)
+    with pytest.raises(UserError, match=r"no room for 1 batches of 12288000 MB .* --num_workers, .* /dev/shm$"):
+        list(images)
+
+
+def test_batches_of_a_spawned_worker_are_the_same(monkeypatch):
+    there = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(torch.multiprocessing, "Process", there.Process)
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda *_: there)
+    loaders = workers.DataLoader
+    monkeypatch.setattr(
+        workers, "DataLoader", lambda *args, **more: loaders(*args, **more, multiprocessing_context=there)
+    )
+    assert [int(images[0, 0]) for images, _ in numbers(7, num_workers=1, yielding=True)] == list(range(7))
+
+
+# --- the workers
+
+
+def test_training_workers_persist_and_evaluation_workers_do_not():
+    def pids(batches):
+        before = set(multiprocessing.active_children())
+        passes = iter(batches)
+        next(passes)
+        return {child.pid for child in set(multiprocessing.active_children()) - before}
+
+    training, evaluation = numbers(3, num_workers=1, persistent=True), numbers(3, num_workers=1)
+    assert pids(training)
+    assert not pids(training)
+    assert pids(evaluation)
+    assert pids(evaluation)
+
+
+def test_workers_leave_signals_to_the_run():
+    class Handler(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
+            return torch.zeros(1), int(all(ignored) and signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    with stopping.StopSignals():
+        batches = workers.WorkerBatches(Handler(), BatchSampler([0], 1, False), (1,), **{**ALONE, "num_workers": 1})
+        assert [int(targets) for _, targets in batches] == [1]
+
+
+class Clock(torch.utils.data.Dataset):
+    """Item n is the time at which it was begun; it takes 5 ms."""
+
+    def __getitem__(self, index):
+        begun = time.monotonic()
+        time.sleep(0.005)
+        return torch.tensor([begun], dtype=torch.float64), index
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_yielding_workers_stand_still_while_threads_that_fill_the_cores_train(monkeypatch, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = {**ALONE, "num_workers": 1, "yielding": True}
+    batches = workers.WorkerBatches(Clock(), BatchSampler(range(16), 4, False), (1,), torch.float64, **options)
+    trained, made = [], []
+    for times, _ in batches:
+        made += times.flatten().tolist()
+        start = time.monotonic()
+        time.sleep(0.1)
+        trained.append((start, time.monotonic()))
+    while_training = sum(start < when < end for when in made for start, end in trained)
+    assert len(made) == 16
+    assert (while_training == 0) == (threads == 2)
+
+
+def test_a_closed_gate_opens_when_the_run_ends_or_a_pass_is_left():
+    gate = workers.Gate(holds=True)
+    gate.close(), gate.close()
+    start = time.monotonic()
+    threading.Timer(0.05, gate.open).start()
+    gate.wait()
+    assert 0.04 < time.monotonic() - start < gate.LONGEST
+    gate.close()
+    gate.enter_worker()  # nobody is left who could write
+    gate.wait()
+    assert time.monotonic() - start < gate.LONGEST
+
+
+def test_leaving_a_pass_lets_its_workers_end_at_once(monkeypatch):
+    monkeypatch.setattr(workers, "training_fills_cores", lambda: True)
+    passes = iter(numbers(300, 100, num_workers=1, yielding=True))
+    next(passes)
+    start = time.monotonic()
+    passes.close()
+    assert time.monotonic() - start < 2
+
+
+# --- the device
+
+
+def test_batches_pass_ahead_in_their_order():
+    given = [(torch.full((2,), number), torch.tensor(number)) for number in range(3)]
+    assert [int(target) for _, target in workers.ahead(iter(given), torch.device("cpu"))] == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_ahead_are_the_batches():
+    batches = [(torch.full((64, 3, 64, 64), float(n)), torch.full((64,), n)) for n in range(6)]
+    pinned = [tuple(part.pin_memory() for part in batch) for batch in batches]
+    seen = [
+        (float(images.mean()), int(targets[0])) for images, targets in workers.ahead(pinned, torch.device("cuda", 0))
+    ]
+    assert seen == [(float(n), n) for n in range(6)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_workers_reach_the_card_before_their_memory_is_used_again(num_workers):
+    batches = numbers(64, 4, num_workers=num_workers, pin_memory=True)
+    sums = [images.sum() for images, _ in workers.ahead(batches, torch.device("cuda", 0))]
+    assert [int(value) for value in sums] == [4 * (4 * n) + 6 for n in range(16)]
