@@ -34,7 +34,14 @@ def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
         "--num_workers", "1", "--rounds", "2", "--seconds", "0.01", "--ways", *throughput.WAYS, "--out", str(tmp_path / "cpu")])  # fmt: skip
     assert json.loads((tmp_path / "cpu.json").read_text()) == result
     rates = result["results"][0]["images_per_second"]
-    assert len(rates) == 2 + 2 * len(throughput.WAYS) + 2
+    ways, habits = list(throughput.WAYS), "the original's habits"
+    assert set(rates) == {
+        "a: bare step",
+        *(f"b: data alone, {way}" for way in [*ways, habits]),
+        *(f"b: the host's part alone, batch 64, device, cache {cache}" for cache in ("ram", "device")),
+        *(f"c: training, {way}" for way in ways),
+        f"d: {habits}",
+    }
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
     printed = capsys.readouterr().out
     ratio = sum(1 / a for a in rates["a: bare step"]) / sum(1 / c for c in rates["c: training, timm"])
