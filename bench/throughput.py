@@ -30,6 +30,7 @@ import timm
 import torch
 from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,7 +101,8 @@ class Bench:
         first = next(module for module in self.model.modules() if isinstance(module, torch.nn.Conv2d))
         made = []
         hook = first.register_forward_hook(lambda _, images, output: made.append(output.numel()))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # by plain products: not every version of torch counts the fused attention of every device
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             self.model.eval()(images)
         hook.remove()
         self.model.train()
@@ -251,7 +253,8 @@ def rate(steps: Callable[[int], None], batch_size: int, seconds: float) -> float
         spent = time.perf_counter() - start
         if spent >= seconds:
             return count * batch_size / spent
-        chunk = max(1, int((seconds - spent) * count / spent))
+        # no more than before at once: the first batches may have been ready, and say nothing of those that are not
+        chunk = max(1, min(count, int((seconds - spent) * count / spent)))
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:

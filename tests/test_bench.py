@@ -58,13 +58,30 @@ def test_flops_of_a_convnext_count_each_group_once():
     assert throughput.Bench("convnext_femto", 2, images, options).flops == pytest.approx(6 * 0.785e9, rel=0.02)
 
 
-def test_flops_of_a_vit_are_those_of_its_matrices():
+@pytest.mark.parametrize("input_size", [32, 224])
+def test_flops_of_a_vit_are_those_of_its_matrices(input_size):
     throughput = bench("throughput")
-    options = throughput.argparse.Namespace(device="cpu", input_size=32, compile=False)
+    options = throughput.argparse.Namespace(device="cpu", input_size=input_size, compile=False)
     images = throughput.argparse.Namespace(classes=10)
-    # 2 multiply-adds a weight and token, forward and twice backward, but no gradient of the image; 4 + 1 tokens
-    tokens, width, hidden, layers = 5, 192, 768, 12
-    layer = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
-    forward = 2 * (4 * 3 * 16 * 16 * width + layers * layer + 10 * width)
+    # 2 operations a multiply-add, forward and twice backward, but no gradient of the image
+    patches, width, hidden, layers = (input_size // 16) ** 2, 192, 768, 12
+    tokens = patches + 1
+    attention = 2 * tokens * tokens * width
+    layer = tokens * (4 * width * width + 2 * width * hidden) + attention
+    embedding = patches * 3 * 16 * 16 * width
+    forward = embedding + layers * layer + 10 * width
     found = throughput.Bench("vit_tiny", 2, images, options).flops
-    assert found == pytest.approx(3 * forward - 2 * 4 * 3 * 16 * 16 * width, rel=0.02)
+    assert found == pytest.approx(2 * (3 * forward - embedding), rel=0.001)
+
+
+def test_rate_is_not_misled_by_batches_that_were_ready(monkeypatch):
+    throughput = bench("throughput")
+    clock, done = [0.0], []
+
+    def steps(count):  # the first four take no time to speak of, the others a tenth of a second
+        clock[0] += sum(1e-6 if len(done) + number < 4 else 0.1 for number in range(count))
+        done.extend(range(count))
+
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    rate = throughput.rate(steps, 16, 0.5)
+    assert clock[0] < 1.0 and rate == pytest.approx(16 * len(done) / clock[0])
