@@ -17,6 +17,7 @@ import distributed
 import feed
 import loader
 from engine import Precision, Trainer
+from images import Images
 from metrics import TensorBoard, WeightsAndBiases
 from models import family_of, inherit
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
@@ -35,10 +36,10 @@ def set_determinism(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
 
 
-def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, datasets.Images | None, int]:
+def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None, int]:
     """The images to train on and to evaluate on (None where not needed) and their number of classes."""
 
-    def load(train: bool) -> datasets.Images:
+    def load(train: bool) -> Images:
         images = datasets.load_images(
             options.data_set,
             options.data_path,
@@ -64,7 +65,7 @@ def load_data(options: argparse.Namespace) -> tuple[datasets.Images | None, data
     return train_images, val_images, num_classes
 
 
-def make_train_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
+def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device):
     """Augmented batches of this rank, in an order derived from the seed."""
     world = distributed.world_size()
     loader.check_batches(len(images), options.batch_size, options.update_freq, world)
@@ -80,7 +81,7 @@ def make_train_loader(options: argparse.Namespace, images: datasets.Images, devi
     )
 
 
-def make_val_loader(options: argparse.Namespace, images: datasets.Images, device: torch.device):
+def make_val_loader(options: argparse.Namespace, images: Images, device: torch.device):
     """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
     share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
     indices, batch_size = loader.shard(len(images), *share), int(1.5 * options.batch_size)

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import Images
 from distributed import node_leader, of_all_ranks, rank
+from images import Images
 from stopping import leave_to_parent
 from utils import UserError, first_line
 
@@ -64,7 +64,7 @@ class SharedMemory:
 
 
 class CachedImages:
-    """Decoded images in one piece of memory; as of `datasets.Images`, `[i]` is (PIL image in RGB, class index).
+    """Decoded images in one piece of memory; as of `images.Images`, `[i]` is (PIL image in RGB, class index).
 
     `sizes` int32 [images, 2]: the heights and widths that the pixels have. `shapes` [images, 2]: those that the images
     had, which differ where the cache was given a size. `labels` int64 [images]: those of the images that were decoded,
@@ -83,7 +83,7 @@ class CachedImages:
         return self.read(index, lambda image: image)
 
     def read(self, index: int, decode: Callable) -> tuple:
-        """(what `decode` makes of the PIL image, class index), as of `datasets.Images`."""
+        """(what `decode` makes of the PIL image, class index), as of `images.Images`."""
         pixels = self._memory.bytes[self._starts[index] : self._starts[index + 1]]
         return decode(Image.fromarray(pixels.reshape(*self.sizes[index], 3))), int(self._labels[index])
 

@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler, Dataset
 import loader
 from augment import DeviceAugment
 from cache import CachedImages, Shrink, cache_images, check_fits, free_memory
-from datasets import Images
 from distributed import of_all_ranks
+from images import Images
 from utils import UserError
 from workers import Batch, WorkerBatches, ahead
 

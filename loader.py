@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 
-from datasets import Images
+from images import Images
 from utils import Stream, UserError, derive_seed, permutation, seed_all
 
 

@@ -31,9 +31,9 @@ from assemble import (
     set_determinism,
 )
 from checkpoint import BEST_CHECKPOINTS, find_checkpoint, save_checkpoint, save_numbered
-from datasets import Images
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
 from feed import bad_of_all_ranks
+from images import Images
 from metrics import EpochLog, Reporter, WeightsAndBiases, summary
 from models import build_model
 from resume import (

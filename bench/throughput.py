@@ -41,6 +41,7 @@ import feed
 import loader
 import models
 import workers
+from images import Images
 from optim_factory import create_optimizer, parameter_groups
 from utils import revision, seed_all
 
@@ -77,7 +78,7 @@ def make_images(folder: Path, count: int, size: int) -> None:
 class Bench:
     """One model at one batch size on one device, and the ways of its data."""
 
-    def __init__(self, name: str, batch_size: int, images: datasets.Images, options: argparse.Namespace):
+    def __init__(self, name: str, batch_size: int, images: Images, options: argparse.Namespace):
         self.images, self.batch_size, self.options = images, batch_size, options
         self.device = torch.device(options.device)
         seed_all(0)

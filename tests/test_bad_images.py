@@ -24,6 +24,7 @@ import engine
 import feed
 import loader
 import main as script
+from images import BadImage, Images
 from options import training_options
 from utils import UserError
 
@@ -120,12 +121,12 @@ NO_FILES = {
 
 def one(path):
     """The set of this image alone."""
-    return datasets.Images("image_folder", [0], paths=[str(path)])
+    return Images("image_folder", [0], paths=[str(path)])
 
 
 def refused(path):
     """The message about an image that cannot be read; one line with the path."""
-    with pytest.raises(datasets.BadImage) as error:
+    with pytest.raises(BadImage) as error:
         one(path)[0]
     message = str(error.value)
     shown = str(path) if str(path).isprintable() else repr(str(path))
@@ -195,7 +196,7 @@ def test_size_limit_is_pillows(tmp_path, monkeypatch):
 def test_truncated_jpeg_is_named_also_where_it_is_decoded_small(share, tmp_path):
     whole = encoded(RGB.resize((400, 300)), "JPEG")
     (tmp_path / "x.jpg").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(datasets.BadImage):
+    with pytest.raises(BadImage):
         one(tmp_path / "x.jpg").read(0, lambda image: image.draft("RGB", (50, 40)) and image.convert("RGB"))
 
 
@@ -261,7 +262,7 @@ def damaged(tmp_path):
         Path(paths[index]).write_bytes((b"", b"no image", whole[: len(whole) // 2], whole[:30])[number])
     neighbours = {3: 5, 4: 5, 19: 20, 39: 0}
     stand_ins = [neighbours.get(index, index) for index in range(40)]
-    meant = datasets.Images("meant", images.targets()[stand_ins], paths=[paths[index] for index in stand_ins])
+    meant = Images("meant", images.targets()[stand_ins], paths=[paths[index] for index in stand_ins])
     return images, meant
 
 
@@ -359,9 +360,9 @@ def test_marks_are_shared_with_a_worker_that_is_not_forked(damaged):
 
 def test_many_bad_images_in_a_row_are_an_error(damaged, monkeypatch):
     images = damaged[0].skipping_bad()
-    monkeypatch.setattr(datasets, "BAD_IN_A_ROW", 2)
+    monkeypatch.setattr("images.BAD_IN_A_ROW", 2)
     first, last = images.describe(3), images.describe(4)
-    with pytest.raises(datasets.BadImage, match="2 images one behind the other cannot be read") as error:
+    with pytest.raises(BadImage, match="2 images one behind the other cannot be read") as error:
         images[3]
     assert str(error.value).endswith(f"from {first} to {last}")
     assert images[4][1] == 0
@@ -370,8 +371,8 @@ def test_many_bad_images_in_a_row_are_an_error(damaged, monkeypatch):
 def test_set_without_a_readable_image_is_an_error(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jpg").touch()
-    images = datasets.Images("none", [0, 0], paths=[str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]).skipping_bad()
-    with pytest.raises(datasets.BadImage, match="2 images one behind the other"):
+    images = Images("none", [0, 0], paths=[str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]).skipping_bad()
+    with pytest.raises(BadImage, match="2 images one behind the other"):
         images[1]
 
 
@@ -382,7 +383,7 @@ def test_what_the_machine_lacks_is_not_the_images_fault(lack, damaged):
     def decode(_):
         raise lack
 
-    with pytest.raises(datasets.BadImage, match="cannot read"):
+    with pytest.raises(BadImage, match="cannot read"):
         images.read(0, decode)
     assert images.bad_images() == []
 
@@ -399,7 +400,7 @@ def test_hugging_face_rows_are_skipped_too():
         def __getitem__(self, index):
             return (Image.open(io.BytesIO(b"" if index == 1 else encoded(RGB, "PNG"))),)
 
-    images = datasets.Images("hfds/x", [0, 1, 2], source=Rows()).skipping_bad()
+    images = Images("hfds/x", [0, 1, 2], source=Rows()).skipping_bad()
     assert images[1][1] == 2 and images.bad_images() == [1]
 
 
@@ -416,7 +417,7 @@ def damaged_run(tiny_run, image_folder, tmp_path):
 
 
 def test_run_fails_by_default_and_goes_on_with_skip(damaged_run, tmp_path, caplog):
-    with pytest.raises(datasets.BadImage, match=r"cannot read .*005\.jpg|cannot read .*003\.jpg"):
+    with pytest.raises(BadImage, match=r"cannot read .*005\.jpg|cannot read .*003\.jpg"):
         script.main(damaged_run())
     script.main(damaged_run("--bad_images", "skip"))
     assert len(read_log(tmp_path / "run")) == 2
@@ -428,7 +429,7 @@ def test_resumed_run_may_skip_what_it_failed_at(damaged_run, image_folder, tmp_p
     script.main(damaged_run("--data_path", image_folder))
     for name in ("checkpoint-1.pth", "checkpoint-best.pth"):
         (tmp_path / "run" / name).unlink(missing_ok=True)
-    with pytest.raises(datasets.BadImage):
+    with pytest.raises(BadImage):
         script.main(damaged_run())
     script.main(damaged_run("--bad_images", "skip"))
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1]

@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler
 
 import datasets
 import loader
+from images import BadImage
 from utils import UserError
 from workers import WorkerBatches
 
@@ -390,7 +391,7 @@ def test_hugging_face_keys_and_splits_are_passed_on(tmp_path):
 def test_broken_image_of_a_hugging_face_set_is_named_and_not_replaced_by_its_neighbour(tmp_path):
     write_parquet(tmp_path / "set", broken=[2])
     images = datasets.load_images(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), True)
-    with pytest.raises(datasets.BadImage, match="image 2 of hfds/"):
+    with pytest.raises(BadImage, match="image 2 of hfds/"):
         images[2]
 
 
@@ -500,7 +501,7 @@ def test_broken_image_is_named_on_one_line(damage, tmp_path):
     path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"<html>\nnot found"}.get(damage, b""))
     if damage == "missing":
         path.unlink()
-    with pytest.raises(datasets.BadImage) as error:
+    with pytest.raises(BadImage) as error:
         images[4]
     assert str(path) in one_line(error)
     assert isinstance(error.value, UserError)
@@ -511,11 +512,11 @@ def test_broken_image_in_a_worker_is_the_same_one_line(tmp_path):
     path = tmp_path / "train" / "dog" / "1.png"
     images = datasets.load_images("image_folder", str(tmp_path), True)
     path.write_bytes(b"")
-    with pytest.raises(datasets.BadImage) as here:
+    with pytest.raises(BadImage) as here:
         images[4]
     eye = loader.eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
     items, order = loader.TransformedImages(images, eye), BatchSampler(range(len(images)), 3, False)
     batches = WorkerBatches(items, order, (3, 16, 16), num_workers=1, pin_memory=False)
-    with pytest.raises(datasets.BadImage) as there:
+    with pytest.raises(BadImage) as there:
         list(batches)
     assert one_line(there) == str(here.value)

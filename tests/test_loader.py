@@ -13,6 +13,7 @@ from torchvision import transforms
 
 import datasets
 import loader
+from images import Images
 from utils import UserError
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_values.json").read_text())["transforms"]
@@ -38,7 +39,7 @@ def recipe(input_size):
 def noise(count=12, size=32):
     """`count` different pictures with labels 0, 1, 2, 0, ..."""
     arrays = np.random.RandomState(0).randint(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return datasets.Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
+    return Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
 
 
 def training_items(seed=0, count=12):
@@ -125,7 +126,7 @@ def test_item_depends_on_seed_epoch_and_index_alone():
 
 
 def test_equal_images_at_other_indices_are_drawn_differently():
-    same = datasets.Images("same", [0, 0], source=[(noise(1)[0][0],)] * 2)
+    same = Images("same", [0, 0], source=[(noise(1)[0][0],)] * 2)
     items = loader.TransformedImages(same, recipe(32), 0)
     assert not torch.equal(items[(0, 0)][0], items[(0, 1)][0])
 
@@ -206,7 +207,7 @@ def test_shards_hold_every_image_exactly_once(world_size):
 def labelled(*counts):
     labels = np.concatenate([np.full(count, label) for label, count in enumerate(counts)])
     shuffled = np.random.RandomState(1).permutation(labels)
-    return datasets.Images("labelled", shuffled, source=[(noise(1)[0][0],)] * len(labels))
+    return Images("labelled", shuffled, source=[(noise(1)[0][0],)] * len(labels))
 
 
 def test_fraction_keeps_the_share_of_each_class_and_at_least_one():

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 # a module imports only from lines above its own
 LINES = [
     ["utils", "options", "containers"],
-    ["distributed", "models", "optim_factory", "datasets", "weights", "draws", "image_ops", "stopping"],
-    ["metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder", "workers"],
+    ["distributed", "models", "optim_factory", "images", "weights", "draws", "image_ops", "stopping"],
+    ["datasets", "metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder", "workers"],
     ["feed", "resume"],
     ["engine"],
     ["assemble"],

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler
 
-import datasets
 import loader
 import stopping
 import workers
+from images import Images
 from utils import UserError
 
 SHAPE = (3, 32, 32)
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def noise(count):
     """`count` different pictures with labels 0, 1, 2, 0, ..."""
     arrays = np.random.RandomState(0).randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return datasets.Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
+    return Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
 
 
 def order(count, batch_size):
