@@ -14,27 +14,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[0] = str(Path(__file__).parents[1])  # in place of this folder
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
 import compare
+from arms import ARMS
 from compare import CompareError, Run
 
 METRIC = "test_acc1"
-TITLES = {  # of the arms of run.py
-    "random": "random init",
-    "selected": "weight selection",
-    "shuffled": "shuffled teacher",
-    "keep": "whole heads",
-    "consecutive": "consecutive slots",
-    "random_slots": "random slots",
-    "random_inconsistent": "random, inconsistent",
-    "magnitude": "largest slots",
-    "last_layers": "last layers",
-    "middle_layers": "middle layers",
-    "uniform_layers": "layers spread",
-    "wide_blend": "teacher 4 times as wide",
-    "wide_keep": "4 times as wide, whole heads",
-}
 
 
 class Question(NamedTuple):
@@ -69,10 +55,10 @@ def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
             arm = run.folder.name.rpartition("-")[0]
             if not arm:
                 teachers.append(run)
-            elif arm in TITLES:
+            elif arm in ARMS:
                 sections[run.folder.relative_to(root).parent.as_posix()][arm].append(run)
             else:
-                raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(TITLES)}")
+                raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(ARMS)}")
     for section in sections.values():
         for runs in section.values():
             check_seeds(runs)
@@ -103,7 +89,7 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
         return []
     baseline = section[question.baseline]
     return [
-        compare.summarize(TITLES[arm], section[arm], baseline, METRIC)
+        compare.summarize(ARMS[arm].title, section[arm], baseline, METRIC)
         | {"at": [at_share(section[arm], share) for _, share in SHARES_OF_RUN]}
         for arm in (question.baseline, *arms)
     ]
@@ -182,7 +168,7 @@ def draw_gains(sections: dict[str, Section], path: Path) -> None:
     rows = [
         (name, summary)
         for name, section in sections.items()
-        for summary in summaries_of(section, Question("", "", "random", " ".join(list(TITLES)[1:])))[1:]
+        for summary in summaries_of(section, Question("", "", "random", " ".join(list(ARMS)[1:])))[1:]
         if summary["gain"]["n"]
     ]
     figure = compare.new_figure(figsize=(9, 1.2 + 0.35 * len(rows)))

@@ -19,206 +19,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+from arms import STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
 
 ROOT = Path(__file__).parents[1]
-TEACHER_DATA, STUDENT_DATA = "tiny-imagenet-200", "cifar10-jpeg"
 POLL_SECONDS = 5.0  # between looks at what another call works on
 
 
 class StudyError(Exception):
     """Why the study cannot go on, in one line."""
-
-
-# ---- what there is to run ----
-
-
-class Arm(NamedTuple):
-    """Where a student's first values come from: options of weight_selection.py, and the teacher."""
-
-    selection: str = ""  # "{seed}" is the run's
-    teacher: str = "teacher"
-    shuffled: bool = False  # the teacher's tensors, each within itself
-
-
-ARMS = {
-    "random": None,  # random init, the baseline
-    "selected": Arm(),  # the paper's rules: first layers, uniform slots, heads blended
-    "shuffled": Arm(shuffled=True),
-    "keep": Arm("--heads keep"),
-    "consecutive": Arm("--element_selection consecutive"),
-    "random_slots": Arm("--element_selection random --seed {seed}"),
-    "random_inconsistent": Arm("--element_selection random_inconsistent --seed {seed}"),
-    "magnitude": Arm("--element_selection magnitude"),
-    "last_layers": Arm("--layer_selection last"),
-    "middle_layers": Arm("--layer_selection middle"),
-    "uniform_layers": Arm("--layer_selection uniform"),
-    "wide_blend": Arm("--heads blend", teacher="wide_teacher"),
-    "wide_keep": Arm("--heads keep", teacher="wide_teacher"),
-}
-SHARES = {"full": 1.0, "tenth": 0.1}  # of the student's training images
-
-
-class Model(NamedTuple):
-    """A model and how it is trained; `minutes` is what all its epochs take, with all its images."""
-
-    name: str
-    kwargs: str
-    training: str
-    epochs: int
-    minutes: float
-
-
-class Study(NamedTuple):
-    """`models` by family and role, and the rows in the order in which they are run: family, share, arms, seeds."""
-
-    recipe: str
-    models: dict[str, Model]
-    rows: list[tuple[str, str, str, range]]
-
-
-# the paper's augmentation is for 300 epochs; ten need little but flips and padded crops
-_CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
-    --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
-_VIT = "img_size=32 patch_size=8 "
-STUDIES = {
-    "cpu": Study(
-        _CPU_RECIPE,
-        {
-            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
-            "vit/teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 32
-            ),
-            "vit/wide_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
-            ),
-            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
-            "convnext/teacher": Model(
-                "convnext_tiny",
-                "dims=48,96,192,384 depths=3,3,9,3",
-                "--lr 2e-3 --data_fraction 0.3",
-                20,
-                48,
-            ),
-        },
-        [
-            ("vit", "full", "random selected shuffled", range(3)),
-            ("vit", "tenth", "random selected shuffled", range(3)),
-            ("convnext", "full", "random selected shuffled", range(3)),
-            ("convnext", "tenth", "random selected shuffled", range(3)),
-            ("vit", "full", "keep consecutive random_slots random_inconsistent magnitude", range(2)),
-            ("vit", "full", "last_layers middle_layers uniform_layers", range(2)),
-            ("vit", "full", "wide_blend wide_keep", range(2)),
-        ],
-    ),
-    # The paper's models and recipe, but for 64 px and 100 epochs. Each row and its teacher is a piece of its own, to be
-    # chosen by --only. The minutes are guesses for one H100: none of it has been run.
-    "gpu": Study(
-        "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
-        "--num_workers 8",
-        {
-            "vit/student": Model(
-                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 17", 100, 2.5
-            ),
-            "vit/teacher": Model(
-                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 10", 100, 9
-            ),
-            "convnext/student": Model(
-                "convnext_femto",
-                "",
-                "--batch_size 1024 --lr 4e-3 --warmup_epochs 17 --drop_path 0.1 --channels_last",
-                100,
-                2.5,
-            ),
-            "convnext/teacher": Model(
-                "convnext_tiny",
-                "",
-                "--batch_size 1024 --lr 1e-3 --warmup_epochs 10 --drop_path 0.1 --channels_last",
-                100,
-                10,
-            ),
-        },
-        [
-            ("vit", "full", "random selected", range(3)),
-            ("convnext", "full", "random selected", range(3)),
-            ("vit", "full", "shuffled keep", range(3)),
-            ("convnext", "full", "shuffled", range(3)),
-        ],
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training, of a teacher, or of a student, from random values if `teacher` is None."""
-
-    name: str  # its folder
-    command: tuple[str, ...]  # options of main.py, but --initialize
-    epochs: int
-    minutes: float
-    is_teacher: bool = False
-    teacher: "Run | None" = None
-    shuffled: bool = False
-    selection: tuple[str, ...] = ()  # options of weight_selection.py, but the file of weights
-
-    @property
-    def checkpoint(self) -> str:
-        return f"{self.name}/checkpoint-{self.epochs - 1}.pth"
-
-
-def runs_of(study: Study) -> list[Run]:
-    """All runs of a study in their order, each teacher before the first run that needs it."""
-    return list(dict.fromkeys(_in_order(study)))
-
-
-def _in_order(study: Study) -> Iterator[Run]:
-    for family, share, arms, seeds in study.rows:
-        for seed in seeds:
-            for arm in arms.split():
-                student = _student(study, family, share, arm, seed)
-                yield from [student.teacher, student] if student.teacher else [student]
-
-
-def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
-    model, choices = study.models[f"{family}/student"], ARMS[arm]
-    name = f"{family}/{share}/{arm}-{seed}"
-    options = (
-        f"{_training(study, model, STUDENT_DATA)} --data_fraction {SHARES[share]} --seed {seed} --output_dir {name}"
-    )
-    student = Run(name, tuple(options.split()), model.epochs, model.minutes * SHARES[share] + 0.5)
-    if choices is None:
-        return student
-    role = f"{family}/{choices.teacher}"
-    teacher = study.models[role]
-    options = f"{_training(study, teacher, TEACHER_DATA)} --output_dir {role}"
-    selection = (
-        f"--student_model {model.name} {_given('--student_kwargs', model.kwargs)} "
-        f"--pretrained_model {teacher.name} {_given('--pretrained_kwargs', teacher.kwargs)} "
-        f"{choices.selection.format(seed=seed)}"
-    )
-    return replace(
-        student,
-        teacher=Run(role, tuple(options.split()), teacher.epochs, teacher.minutes, is_teacher=True),
-        shuffled=choices.shuffled,
-        selection=tuple(selection.split()),
-    )
-
-
-def _given(option: str, values: str) -> str:
-    return f"{option} {values}" if values else ""
-
-
-def _training(study: Study, model: Model, data: str) -> str:
-    return (
-        f"--model {model.name} {_given('--model_kwargs', model.kwargs)} --data_set image_folder --data_path data/{data} "
-        f"--epochs {model.epochs} {study.recipe} {model.training} --save_ckpt_num 1 --log_freq 100 --progress false"
-    )
-
-
-# ---- running it ----
 
 
 @dataclass(frozen=True)
@@ -323,9 +134,6 @@ def listing(runs: list[Run], place: Place) -> str:
         left += 0 if state == "finished" else run.minutes * (1 - done / run.epochs)
         lines.append(f"{run.name:32}{state:18}{run.minutes:6.1f} min")
     return "\n".join([*lines, f"{len(runs)} runs, {left / 60:.1f} hours are left"])
-
-
-# ---- command line ----
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

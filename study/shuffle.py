@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[0] = str(Path(__file__).parents[1])  # in place of this folder
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
 from utils import run_script, write_atomically
 from weights import read_weights

@@ -1,6 +1,5 @@
 """The study runs what is missing through the two scripts, may be stopped by any signal, and reports from logs alone."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,35 +13,25 @@ import pytest
 import torch
 from conftest import read_log, write_images
 
+import arms
 import main
 import options
+import report
+import run
+import shuffle
 import weight_selection
 from weights import read_weights
 
 STUDY = Path(__file__).parents[1] / "study"
 
 
-def script(name):
-    """The module study/<name>.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDY / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    paths = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = paths
-    return module
-
-
-run, shuffle, report = script("run"), script("shuffle"), script("report")
-
-
 # ---- what there is to run ----
 
 
-@pytest.mark.parametrize("study", run.STUDIES)
+@pytest.mark.parametrize("study", arms.STUDIES)
 def test_both_scripts_understand_every_command(study, tmp_path, capsys):
     planned = set()
-    for each in run.runs_of(run.STUDIES[study]):
+    for each in arms.runs_of(arms.STUDIES[study]):
         *_, train = run.Place(tmp_path, tmp_path).commands(each)
         assert options.training_options(train[2:]).output_dir == each.name
         if each.teacher and "magnitude" not in each.selection:  # which reads weights
@@ -53,14 +42,14 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
 
 
 def test_a_teacher_comes_before_its_students_and_each_run_once():
-    names = [each.name for each in run.runs_of(run.STUDIES["cpu"])]
+    names = [each.name for each in arms.runs_of(arms.STUDIES["cpu"])]
     assert len(names) == len(set(names)) == 3 + 4 * 9 + 2 * (5 + 3 + 2)
     assert names.index("vit/teacher") < names.index("vit/full/selected-0")
     assert names.index("vit/wide_teacher") < names.index("vit/full/wide_blend-0")
 
 
 def test_only_takes_the_teacher_that_is_needed():
-    runs = run.runs_of(run.STUDIES["cpu"])
+    runs = arms.runs_of(arms.STUDIES["cpu"])
     assert [each.name for each in run.chosen(runs, "vit/full/wide_keep-1")] == [
         "vit/wide_teacher",
         "vit/full/wide_keep-1",
@@ -70,21 +59,17 @@ def test_only_takes_the_teacher_that_is_needed():
         run.chosen(runs, "keep_all")
 
 
-def test_titles_are_those_of_the_arms():
-    assert list(report.TITLES) == list(run.ARMS)
-
-
 # ---- running ----
 
 
 def tiny_study():
     """A teacher and two arms, an epoch of ten images each."""
     shape = "img_size=16 patch_size=8 num_heads=2 "
-    return run.Study(
+    return arms.Study(
         "--input_size 16 --batch_size 4 --warmup_epochs 0 --device cpu --num_workers 0 --augment device",
         {
-            "vit/student": run.Model("vit_tiny", shape + "embed_dim=8 depth=1", "--lr 1e-3", 1, 1.0),
-            "vit/teacher": run.Model("vit_tiny", shape + "embed_dim=16 depth=2", "--lr 1e-3", 1, 2.0),
+            "vit/student": arms.Model("vit_tiny", shape + "embed_dim=8 depth=1", "--lr 1e-3", 1, 1.0),
+            "vit/teacher": arms.Model("vit_tiny", shape + "embed_dim=16 depth=2", "--lr 1e-3", 1, 2.0),
         },
         [("vit", "full", "random shuffled", range(1))],
     )
@@ -93,10 +78,10 @@ def tiny_study():
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     """The command line of the tiny study, on images of noise, and its folders in `tmp_path`."""
-    for name, classes in ((run.TEACHER_DATA, "abc"), (run.STUDENT_DATA, "de")):
+    for name, classes in ((arms.TEACHER_DATA, "abc"), (arms.STUDENT_DATA, "de")):
         for part in ("train", "val"):
             write_images(tmp_path / "images" / name, part, dict.fromkeys(classes, 5), size=16)
-    monkeypatch.setitem(run.STUDIES, "cpu", tiny_study())
+    monkeypatch.setitem(arms.STUDIES, "cpu", tiny_study())
     folders = {name: str(tmp_path / name) for name in ("work", "results")}
     return ["cpu", "--data", str(tmp_path / "images"), "--work", folders["work"], "--results", folders["results"]]
 
@@ -152,7 +137,7 @@ def hanging(call, tmp_path):
 
 
 def lock_of(tmp_path):
-    return run.Place(tmp_path / "work", tmp_path / "results").lock(run.Run("vit/full/random-0", (), 1, 1.0))
+    return run.Place(tmp_path / "work", tmp_path / "results").lock(arms.Run("vit/full/random-0", (), 1, 1.0))
 
 
 def test_a_terminated_study_ends_its_run(hanging, tmp_path):
@@ -185,7 +170,7 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line(call, tmp_path, monk
 
 def test_missing_data_is_one_line(call, tmp_path, capsys):
     assert run.main(["cpu", "--data", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
-    assert f"--data {tmp_path}: no folder {run.TEACHER_DATA}/train in it" in capsys.readouterr().err
+    assert f"--data {tmp_path}: no folder {arms.TEACHER_DATA}/train in it" in capsys.readouterr().err
 
 
 def test_shuffling_keeps_each_tensors_values(tmp_path):

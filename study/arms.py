@@ -1,0 +1,190 @@
+"""What a study consists of: the starts that are compared, the models and how they are trained, the runs in their order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+TEACHER_DATA, STUDENT_DATA = "tiny-imagenet-200", "cifar10-jpeg"
+
+
+class Arm(NamedTuple):
+    """Where a student's first values come from: a teacher, by options of weight_selection.py, or random init."""
+
+    title: str
+    selection: str | None = ""  # "{seed}" is the run's; None: random init, no teacher
+    teacher: str = "teacher"
+    shuffled: bool = False  # the teacher's tensors, each within itself
+
+
+ARMS = {
+    "random": Arm("random init", None),
+    "selected": Arm("weight selection"),  # the paper's rules: first layers, uniform slots, heads blended
+    "shuffled": Arm("shuffled teacher", shuffled=True),
+    "keep": Arm("whole heads", "--heads keep"),
+    "consecutive": Arm("consecutive slots", "--element_selection consecutive"),
+    "random_slots": Arm("random slots", "--element_selection random --seed {seed}"),
+    "random_inconsistent": Arm("random, inconsistent", "--element_selection random_inconsistent --seed {seed}"),
+    "magnitude": Arm("largest slots", "--element_selection magnitude"),
+    "last_layers": Arm("last layers", "--layer_selection last"),
+    "middle_layers": Arm("middle layers", "--layer_selection middle"),
+    "uniform_layers": Arm("layers spread", "--layer_selection uniform"),
+    "wide_blend": Arm("teacher 4 times as wide", "--heads blend", teacher="wide_teacher"),
+    "wide_keep": Arm("4 times as wide, whole heads", "--heads keep", teacher="wide_teacher"),
+}
+SHARES = {"full": 1.0, "tenth": 0.1}  # of the student's training images
+
+
+class Model(NamedTuple):
+    """A model and how it is trained; `minutes` is what all its epochs take, with all its images."""
+
+    name: str
+    kwargs: str
+    training: str
+    epochs: int
+    minutes: float
+
+
+class Study(NamedTuple):
+    """`models` by family and role, and the rows in the order in which they are run: family, share, arms, seeds."""
+
+    recipe: str
+    models: dict[str, Model]
+    rows: list[tuple[str, str, str, range]]
+
+
+# the paper's augmentation is for 300 epochs; ten need little but flips and padded crops
+_CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
+    --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
+_VIT = "img_size=32 patch_size=8 "
+STUDIES = {
+    "cpu": Study(
+        _CPU_RECIPE,
+        {
+            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
+            "vit/teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 32
+            ),
+            "vit/wide_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
+            ),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "dims=48,96,192,384 depths=3,3,9,3",
+                "--lr 2e-3 --data_fraction 0.3",
+                20,
+                48,
+            ),
+        },
+        [
+            ("vit", "full", "random selected shuffled", range(3)),
+            ("vit", "tenth", "random selected shuffled", range(3)),
+            ("convnext", "full", "random selected shuffled", range(3)),
+            ("convnext", "tenth", "random selected shuffled", range(3)),
+            ("vit", "full", "keep consecutive random_slots random_inconsistent magnitude", range(2)),
+            ("vit", "full", "last_layers middle_layers uniform_layers", range(2)),
+            ("vit", "full", "wide_blend wide_keep", range(2)),
+        ],
+    ),
+    # The paper's models and recipe, but for 64 px and 100 epochs. Each row and its teacher is a piece of its own, to be
+    # chosen by --only. The minutes are guesses for one H100: none of it has been run.
+    "gpu": Study(
+        "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
+        "--num_workers 8",
+        {
+            "vit/student": Model(
+                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 17", 100, 2.5
+            ),
+            "vit/teacher": Model(
+                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 10", 100, 9
+            ),
+            "convnext/student": Model(
+                "convnext_femto",
+                "",
+                "--batch_size 1024 --lr 4e-3 --warmup_epochs 17 --drop_path 0.1 --channels_last",
+                100,
+                2.5,
+            ),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "",
+                "--batch_size 1024 --lr 1e-3 --warmup_epochs 10 --drop_path 0.1 --channels_last",
+                100,
+                10,
+            ),
+        },
+        [
+            ("vit", "full", "random selected", range(3)),
+            ("convnext", "full", "random selected", range(3)),
+            ("vit", "full", "shuffled keep", range(3)),
+            ("convnext", "full", "shuffled", range(3)),
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, of a teacher, or of a student, from random values if `teacher` is None."""
+
+    name: str  # its folder
+    command: tuple[str, ...]  # options of main.py, but --initialize
+    epochs: int
+    minutes: float
+    is_teacher: bool = False
+    teacher: "Run | None" = None
+    shuffled: bool = False
+    selection: tuple[str, ...] = ()  # options of weight_selection.py, but the file of weights
+
+    @property
+    def checkpoint(self) -> str:
+        return f"{self.name}/checkpoint-{self.epochs - 1}.pth"
+
+
+def runs_of(study: Study) -> list[Run]:
+    """All runs of a study in their order, each teacher before the first run that needs it."""
+    return list(dict.fromkeys(_in_order(study)))
+
+
+def _in_order(study: Study) -> Iterator[Run]:
+    for family, share, arms, seeds in study.rows:
+        for seed in seeds:
+            for arm in arms.split():
+                student = _student(study, family, share, arm, seed)
+                yield from [student.teacher, student] if student.teacher else [student]
+
+
+def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
+    model, choices = study.models[f"{family}/student"], ARMS[arm]
+    name = f"{family}/{share}/{arm}-{seed}"
+    options = (
+        f"{_training(study, model, STUDENT_DATA)} --data_fraction {SHARES[share]} --seed {seed} --output_dir {name}"
+    )
+    student = Run(name, tuple(options.split()), model.epochs, model.minutes * SHARES[share] + 0.5)
+    if choices.selection is None:
+        return student
+    role = f"{family}/{choices.teacher}"
+    teacher = study.models[role]
+    options = f"{_training(study, teacher, TEACHER_DATA)} --output_dir {role}"
+    selection = (
+        f"--student_model {model.name} {_given('--student_kwargs', model.kwargs)} "
+        f"--pretrained_model {teacher.name} {_given('--pretrained_kwargs', teacher.kwargs)} "
+        f"{choices.selection.format(seed=seed)}"
+    )
+    return replace(
+        student,
+        teacher=Run(role, tuple(options.split()), teacher.epochs, teacher.minutes, is_teacher=True),
+        shuffled=choices.shuffled,
+        selection=tuple(selection.split()),
+    )
+
+
+def _given(option: str, values: str) -> str:
+    return f"{option} {values}" if values else ""
+
+
+def _training(study: Study, model: Model, data: str) -> str:
+    return (
+        f"--model {model.name} {_given('--model_kwargs', model.kwargs)} --data_set image_folder --data_path data/{data} "
+        f"--epochs {model.epochs} {study.recipe} {model.training} --save_ckpt_num 1 --log_freq 100 --progress false"
+    )
