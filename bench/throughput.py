@@ -304,13 +304,16 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> dict[
 
 
 def ratio(rates: dict[str, list[float]], task: str, other: str) -> str:
-    """A task's speed over another's in all rounds together, and the standard error of that by leaving out one at a time."""
+    """A task's speed over another's in the same round: the median, and between which two rounds it lies by 95 %.
+
+    Other machines on the same host may take away a turn or two, which a mean would not forget.
+    """
     if other not in rates:
         return ""
-    mine, its = (1 / np.array(rates[name]) for name in (task, other))  # seconds an image, which add up
-    whole, without = its.sum() / mine.sum(), (its.sum() - its) / (mine.sum() - mine)
-    error = np.sqrt((len(mine) - 1) * without.var()) if len(mine) > 1 else np.nan
-    return f"{whole:.3f} ± {error:.3f}"
+    ratios = sorted(mine / its for mine, its in zip(rates[task], rates[other], strict=True))
+    count = len(ratios)
+    least = max(0, int((count - 1.96 * count**0.5) / 2))  # as often as heads in so many throws; of few rounds all
+    return f"{statistics.median(ratios):.3f} ({ratios[least]:.3f}..{ratios[-1 - least]:.3f})"
 
 
 def table(name: str, bench: Bench, rates: dict[str, list[float]], peak_rate: float) -> list[str]:
@@ -321,7 +324,7 @@ def table(name: str, bench: Bench, rates: dict[str, list[float]], peak_rate: flo
         "",
         f"{bench.flops / 1e9:.2f} GFLOP an image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
-        "| what | images/s, median (least..most) | c/a, all rounds ± standard error | c/d | share of that product's speed |",
+        "| what | images/s, median (least..most) | c/a, median of rounds (95 % interval) | c/d | share of that product's speed |",
         "|---|---:|---:|---:|---:|",
     ]
     for task, values in rates.items():
