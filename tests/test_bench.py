@@ -5,7 +5,8 @@ import multiprocessing
 import re
 
 import pytest
-from conftest import bench
+import torch
+from conftest import bench, write_images
 
 
 def test_pairs_of_the_two_small_families_are_counted(tmp_path, capsys):
@@ -49,6 +50,36 @@ def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
     shown = f"{sum(ratios) / 2:.3f} ({min(ratios):.3f}..{max(ratios):.3f})"
     assert re.split(r" *\| *", row)[3] == shown
     assert not multiprocessing.active_children()
+
+
+def test_way_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_path, capsys):
+    throughput = bench("throughput")
+    write_images(tmp_path, "train", {"small": 6}, size=40)
+    write_images(tmp_path, "train", {"large": 6}, size=60)
+    argv = ["--data", str(tmp_path), "--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "4", "--device", "cpu",
+        "--num_workers", "1", "--rounds", "1", "--seconds", "0.01", "--ways", *list(throughput.WAYS)[3:]]  # fmt: skip
+    both = throughput.main(argv)["results"]
+    for each in both:
+        assert (
+            list(each["left_out"]) == ["device, cache device"]
+            and "--cache_size" in each["left_out"]["device, cache device"]
+        )
+        assert {"c: training, device, cache ram", "d: the original's habits"} <= set(each["images_per_second"])
+        assert not any("host's part" in name for name in each["images_per_second"])
+    assert capsys.readouterr().out.count("Left out, device, cache device: ") == 2
+    sized = throughput.main([*argv, "--cache_size", "40", "--batch_sizes", "2"])["results"][0]
+    assert not sized["left_out"] and "c: training, device, cache device" in sized["images_per_second"]
+
+
+def test_compiling_counts_nowhere_and_leaves_the_originals_habits_alone(monkeypatch, capsys):
+    throughput = bench("throughput")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **kwargs: compiled.append((model, kwargs)))
+    result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "--device", "cpu", "--num_workers",
+        "0", "--rounds", "1", "--seconds", "0.01", "--ways", "device, cache ram", "--compile", "--compile_mode", "reduce-overhead"])  # fmt: skip
+    assert result["results"][0]["compile_seconds"] > 0
+    assert [kwargs for _, kwargs in compiled] == [{"mode": "reduce-overhead"}]
+    assert "which count nowhere" in capsys.readouterr().out
 
 
 def test_ratio_is_the_median_of_rounds_and_forgets_one_that_was_disturbed():
