@@ -22,6 +22,7 @@ from utils import UserError, first_line
 log = logging.getLogger(__name__)
 
 CHUNK = 32  # images that a worker decodes before it hands them over: few, they may be large
+SAMPLE = 64  # images, spread over the set, by which its size is judged before it is decoded
 GIB = 2**30
 
 
@@ -171,6 +172,8 @@ def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory
     start, facts, decoded_images, written = time.monotonic(), [], 0, 0
     memory, free = SharedMemory.new(), free_memory(torch.device("cpu"))
     decoded = _Decoded(images, prepare)
+    sample = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
+    check_fits(images, len(images) * np.mean([decoded[int(index)][0].size for index in sample]), free, "of memory")
     chunks = DataLoader(
         decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator(), worker_init_fn=leave_to_parent
     )  # fmt: skip
@@ -178,7 +181,8 @@ def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory
         facts.append(chunk)
         written += len(pixels)
         decoded_images += len(chunk[0])
-        check_fits(images, written / decoded_images * len(images), free, "of memory")
+        if written > free:  # the sample was too small for this set
+            check_fits(images, written / decoded_images * len(images), free, "of memory")
         memory.write(pixels)
     log.info("%d images decoded: %.2f GiB, %.0f s", len(images), written / GIB, time.monotonic() - start)
     return memory.mapped(), *map(np.concatenate, zip(*facts, strict=True))
@@ -188,8 +192,8 @@ def check_fits(images: Images, needed: float, free: int, what: str) -> None:
     """UserError if the bytes that the images need are more than are free."""
     if needed > free:
         raise UserError(
-            f"--cache: the {len(images)} images of --data_set {images.name} take {needed / GIB:.2f} GiB {what}, and "
-            f"{free / GIB:.2f} GiB are free: give a smaller --cache_size, or --cache none"
+            f"--cache: the {len(images)} images of --data_set {images.name} take about {needed / GIB:.3g} GiB {what}, and "
+            f"{free / GIB:.3g} GiB are free: give a smaller --cache_size, or --cache none"
         )
 
 

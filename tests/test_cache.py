@@ -118,9 +118,38 @@ def _private():
 
 def test_set_that_does_not_fit_is_refused_with_both_sizes(images, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda *_: 100_000)
+    # 40 x 32 x 32 x 3 bytes = 0.000114 GiB; 100,000 bytes = 0.0000931 GiB
     with pytest.raises(
-        UserError, match=r"--cache: the 40 images of .* take 0\.00 GiB of memory, and 0\.00 GiB are free"
+        UserError, match=r"--cache: the 40 images of .* take about 0\.000114 GiB of memory, and 9\.31e-05 GiB are free"
     ):
+        cache_images(images)
+
+
+def unequal(folder):
+    """200 images of one class, of which the first 32 in the order of their names are of 64 px, the others of 8 px."""
+    folder.mkdir(parents=True)
+    for number in range(200):
+        side = 64 if number < 32 else 8
+        Image.fromarray(np.full((side, side, 3), number, np.uint8)).save(folder / f"{number:03}.png")
+
+
+def test_set_that_begins_with_its_largest_images_is_judged_by_all(tmp_path, monkeypatch):
+    unequal(tmp_path / "train" / "a")
+    images = datasets.load_images("image_folder", str(tmp_path), True)
+    needed = 32 * 64 * 64 * 3 + 168 * 8 * 8 * 3  # 425,472 bytes; 200 like the first ones would take 2,457,600
+    monkeypatch.setattr(cache, "free_memory", lambda *_: 500_000)
+    assert len(cache_images(images)._memory.bytes) == needed
+    monkeypatch.setattr(cache, "SAMPLE", 1)  # one that begins the set: too much is expected, and said so
+    with pytest.raises(UserError, match=r"take about 0\.00229 GiB of memory, and 0\.000466 GiB"):
+        cache_images(images)
+
+
+def test_set_larger_than_its_sample_said_is_refused_once_it_is_too_large(tmp_path, monkeypatch):
+    unequal(tmp_path / "train" / "a")
+    images = datasets.load_images("image_folder", str(tmp_path), True)
+    monkeypatch.setattr(cache.np, "linspace", lambda *_: np.array([199]))
+    monkeypatch.setattr(cache, "free_memory", lambda *_: 300_000)
+    with pytest.raises(UserError, match=r"take about 0\.00229 GiB of memory, and 0\.000279 GiB are free"):
         cache_images(images)
 
 
