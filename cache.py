@@ -1,5 +1,6 @@
 """Images decoded once and kept as uint8 pixels, in memory that all processes of a node share."""
 
+import functools
 import logging
 import mmap
 import os
@@ -175,7 +176,8 @@ def _decode_all(images: Images, prepare, num_workers: int) -> tuple[SharedMemory
     sample = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
     check_fits(images, len(images) * np.mean([decoded[int(index)][0].size for index in sample]), free, "of memory")
     chunks = DataLoader(
-        decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator(), worker_init_fn=leave_to_parent
+        decoded, CHUNK, num_workers=num_workers, collate_fn=_joined, generator=torch.Generator(),
+        worker_init_fn=functools.partial(leave_to_parent, os.getpid())
     )  # fmt: skip
     for pixels, chunk in chunks:
         facts.append(chunk)

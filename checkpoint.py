@@ -1,5 +1,6 @@
 """The training state of a run: what it holds, and its files."""
 
+import contextlib
 import io
 import logging
 import math
@@ -70,7 +71,7 @@ def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
         try:
             return path, read_checkpoint(path)
         except UserError as error:
-            log.warning("%s; trying the one before it", error)
+            log.warning("%s%s", error, "; trying the one before it" * (path != paths[-1]))
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read")
     return None
@@ -86,9 +87,10 @@ def find_checkpoint(
     """
     folder = numbered_checkpoints(output_dir) if output_dir else []
     if file and folder and auto_resume and training:
-        newest = newest_checkpoint(folder)
-        if newest[1]["options"].get("resume") == resume:
-            return newest
+        with contextlib.suppress(UserError):  # with none that can be read, the file named is what there is
+            newest = newest_checkpoint(folder)
+            if newest[1]["options"].get("resume") == resume:
+                return newest
     if file:
         state = read_checkpoint(file)
         later = [path for path in folder if position_in_name(path) > position_of(state)]

@@ -70,11 +70,15 @@ def main(argv: list[str] | None = None) -> dict:
                 return run(options, device, output_dir, stop)
             except Stopped as stopped:
                 reason = f"stopped by {stop.asked or 'a signal to another process'} {stopped}"
-                saved = stopped.agreed and output_dir and options.save_ckpt
+                # SIGUSR1 is a batch system's, and asks for more even before there is anything to save; SIGTERM may be a
+                # launcher's, where another process failed
+                more = (stopped.agreed or stop.asked == "SIGUSR1") and output_dir and options.save_ckpt
                 if distributed.is_main():
-                    log.warning("%s%s", reason, "; the same command goes on from there" * bool(saved))
-                    if saved:
+                    log.warning("%s%s", reason, "; the same command goes on from there" * bool(more))
+                    if more:
                         run_folder.ask_for_more(output_dir, reason)
+                elif not stopped.agreed:
+                    log.error("rank %d was %s", distributed.rank(), reason)
                 if stopped.agreed:  # a launcher ends all when one has ended, and the main one was still writing
                     distributed.of_all_ranks(None)
                 raise

@@ -68,14 +68,18 @@ def check_same_data(path: Path, saved: dict, data: dict) -> None:
 
 
 def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """UserError unless an optimizer's saved state has a shape for each parameter: fused kernels do not look."""
+    """UserError unless an optimizer's saved state has as many parameters, of the same shapes where a fused kernel works.
+
+    That does not look, while others may keep less than a value for each weight, as Adafactor does.
+    """
     shapes = [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
     try:
         fits = [len(group["params"]) for group in state["param_groups"]] == [
             len(g["params"]) for g in optimizer.param_groups
         ]
         fits &= all("lr_scale" in group for group in state["param_groups"])
-        for number, values in state["state"].items():
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        for number, values in state["state"].items() if fused else ():
             tensors = [value for value in values.values() if isinstance(value, torch.Tensor) and value.dim()]
             fits &= all(list(value.shape) == shapes[number] for value in tensors)
     except (AttributeError, LookupError, TypeError):
@@ -87,14 +91,15 @@ def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: di
 def check_unused(folder: Path, options: dict) -> None:
     """UserError if a folder without checkpoints has the log of a run that a new one would overwrite.
 
-    The log of a run of the same settings that ended before its first checkpoint is no loss.
+    The log of a run of the same settings that ended before its first numbered checkpoint is no loss.
     """
     log_file = folder / "log.txt"
     if not log_file.exists() or not log_file.stat().st_size:
         return
     try:
         then = json.loads((folder / "config.json").read_text())["options"]
-        lost = not then["save_ckpt"] or differing(then, options)
+        epochs = len(log_file.read_text().splitlines())  # of the last of them the checkpoint may not have come to be
+        lost = not then["save_ckpt"] or epochs > then["save_ckpt_freq"] or differing(then, options)
     except (OSError, ValueError, KeyError, TypeError):
         lost = True
     if lost:

@@ -1,6 +1,7 @@
 """What every module may use: seeding, the error a user sees, logging set-up, the record of the environment."""
 
 import enum
+import errno
 import gc
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import random
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,25 +91,44 @@ def json_lines(value: object, levels: int) -> str:
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Put `content` at `path`, which holds the old or the new file whatever happens. UserError where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
+    """Put each content at its path, all in one folder. UserError, and all are as before, where one cannot be written.
+
+    Only a crash between the renamings, which follow one another in this order, leaves some old and some new ones.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(temporaries[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(
                 f"{path} could not be written ({first_line(error)}); what was there before is untouched"
             ) from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """What was renamed in the folder survives a power cut, where its file system can promise that."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself has to survive a power cut
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(f"{folder}: what was written there may not be safe yet ({first_line(error)})") from error
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def start_logging(*, quiet: bool = False) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from containers import check_archive, check_content, check_old_format, check_pickle
-from utils import UserError, first_line, json_lines, write_atomically
+from utils import UserError, first_line, json_lines, write_together
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -218,7 +218,8 @@ def check_replaceable(path: Path) -> None:
 def write_initialization(path: Path, tensors: Mapping[str, Tensor], description: dict) -> str:
     """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256.
 
-    The `.json` goes first: a crash between the two leaves a pair that is refused, and that a second call may replace.
+    Where one cannot be written both stay as they were. A crash between the two renamings leaves a pair that is refused,
+    and that a second call may replace.
     """
     if path.suffix == ".safetensors":
         weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
@@ -228,8 +229,7 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
         weights = buffer.getvalue()
     sha256 = hashlib.sha256(weights).hexdigest()
     text = json_lines({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, levels=3) + "\n"
-    write_atomically(path.with_suffix(".json"), text.encode())
-    write_atomically(path, weights)
+    write_together({path.with_suffix(".json"): text.encode(), path: weights})
     return sha256
 
 

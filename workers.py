@@ -66,7 +66,7 @@ class WorkerBatches:
             prefetch_factor=AHEAD if self.num_workers else None,
             persistent_workers=self.persistent,
             pin_memory=self.pin_memory,
-            worker_init_fn=functools.partial(_start_worker, self.yielding),
+            worker_init_fn=functools.partial(_start_worker, os.getpid(), self.yielding),
             generator=torch.Generator(),  # without its own, every pass draws from the one that the model draws from
         )
 
@@ -177,8 +177,8 @@ def _unchanged(batch: Filled) -> Filled:
     return batch
 
 
-def _start_worker(yielding: bool, _: int) -> None:
-    leave_to_parent()
+def _start_worker(run: int, yielding: bool, _: int) -> None:
+    leave_to_parent(run)
     get_worker_info().dataset.gate.enter_worker()
     if yielding:
         os.nice(19)

@@ -1,9 +1,12 @@
 """Files that are not what they should be, and files that have to survive."""
 
+import contextlib
+import errno
 import json
 import os
 import pickle
 import random
+import stat
 
 import pytest
 import safetensors.torch
@@ -244,6 +247,23 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(step, error, raised, 
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, None), (errno.EIO, "may not be safe yet")])
+def test_folder_that_cannot_be_synced_is_named_unless_its_file_system_has_no_such_thing(
+    number, raised, tmp_path, monkeypatch
+):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match=raised) if raised else contextlib.nullcontext():
+        write_atomically(tmp_path / "x.pth", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
 # ---- checkpoints ----
 
 
@@ -264,6 +284,11 @@ def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, c
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 3 checkpoints"):
         find_checkpoint("", tmp_path, file=None, auto_resume=True, training=True)
+    good = tmp_path / "elsewhere.pth"
+    save_checkpoint(good, state_of(10))
+    caplog.clear()
+    assert find_checkpoint(str(good), tmp_path, file=good, auto_resume=True, training=True)[0] == good
+    assert caplog.text.count("trying the one before it") == 2 and caplog.text.count("WARNING") == 3
 
 
 def test_oldest_checkpoints_go_and_the_best_stays(tmp_path):

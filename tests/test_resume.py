@@ -143,6 +143,27 @@ def test_log_of_a_run_without_checkpoints_is_not_overwritten(tiny_run, tmp_path)
     assert (tmp_path / "run" / "log.txt").read_bytes() == before
 
 
+def test_log_of_a_run_whose_checkpoints_are_gone_is_not_overwritten(tiny_run, tmp_path):
+    script.main(tiny_run())
+    before = (tmp_path / "run" / "log.txt").read_bytes()
+    for path in (tmp_path / "run").glob("checkpoint-?.pth"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"run has the log\.txt of another run: name another folder"):
+        script.main(tiny_run())
+    assert (tmp_path / "run" / "log.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adafactor", "adafactorbv", "lookahead_adamw"])
+def test_run_of_another_optimizer_is_resumed(name, tiny_run, tmp_path, monkeypatch):
+    options = ["--opt", name, "--save_ckpt_steps", "2", "--log_freq", "2"]
+    script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        pull_the_plug(patch, 7)
+        script.main(tiny_run(*options))
+    script.main(tiny_run(*options))
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+
+
 def test_best_checkpoint_comes_along_into_another_folder(tiny_run, tmp_path, monkeypatch):
     real, accuracies = script.evaluate, iter([70.0, 60.0, 65.0, 50.0, 55.0])
     monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": next(accuracies)})

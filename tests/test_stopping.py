@@ -1,6 +1,7 @@
 """Signals, the folder's lock, the marker: a run that is asked to stop, in this process and in others."""
 
 import fcntl
+import multiprocessing
 import os
 import re
 import signal
@@ -67,12 +68,25 @@ def test_signal_in_an_evaluation_loses_no_update(tiny_run, tmp_path, monkeypatch
     assert [line["train_loss"] for line in run] == [line["train_loss"] for line in whole]
 
 
-def test_signal_before_training_ends_at_once_and_leaves_no_marker(tiny_run, tmp_path, monkeypatch):
-    send_at(monkeypatch, assemble, "pick", signal.SIGUSR1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_before_training_ends_at_once_and_a_batch_systems_asks_for_more(number, tiny_run, tmp_path, monkeypatch):
+    send_at(monkeypatch, assemble, "pick", number)
     with pytest.raises(Stopped, match="^before the first update$"):
         script.main(tiny_run())
-    assert not (tmp_path / "run" / run_folder.REQUEUE).exists()  # nothing tells it from the end of a job that failed
+    # nothing tells SIGTERM from the end of a job that failed
+    assert (tmp_path / "run" / run_folder.REQUEUE).exists() == (number == signal.SIGUSR1)
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_process_that_was_asked_before_training_says_so_where_it_is_not_the_main_one(
+    tiny_run, tmp_path, monkeypatch, caplog
+):
+    send_at(monkeypatch, assemble, "pick", signal.SIGTERM)
+    monkeypatch.setattr(script.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(script.distributed, "rank", lambda: 3)
+    with pytest.raises(Stopped):
+        script.main(tiny_run())
+    assert "rank 3 was stopped by SIGTERM before the first update" in caplog.text
 
 
 def test_exit_code_of_a_stopped_run_is_its_own():
@@ -173,18 +187,68 @@ def test_process_exits_with_75_and_its_workers_with_it(tiny_run, tmp_path):
     wait_for(lambda: not any(Path("/proc", pid).exists() for pid in children), 10)
 
 
-def test_second_signal_ends_at_once():
+@pytest.mark.parametrize("wait", [
+    "while True: time.sleep(0.1)",
+    # as in a collective with a process that hangs, where Python's handlers have no turn
+    "import ctypes; lock = ctypes.create_string_buffer(64)\n"
+    "    while True: ctypes.CDLL(None).pthread_mutex_lock(lock)",
+])  # fmt: skip
+def test_second_signal_ends_at_once(wait):
     waits = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport time, stopping\nstopping.SAME_REQUEST = 0\n"
-        "with stopping.StopSignals() as stop:\n    stop.defer()\n    print('ready', flush=True)\n"
-        "    while True: time.sleep(0.1)"
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport time, stopping\nstopping.SAME_REQUEST = 0.2\n"
+        "with stopping.StopSignals() as stop:\n    stop.defer()\n    print('ready', flush=True)\n    " + wait
     )
     run = subprocess.Popen(
         [sys.executable, "-c", waits, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
-    assert "once more ends at once" in run.stderr.readline()
+    time.sleep(0.5)
+    assert run.poll() is None
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=10)
-    assert run.returncode == -signal.SIGTERM
+    assert run.returncode == 128 + signal.SIGTERM
+
+
+def test_one_whose_terminal_is_gone_is_asked_all_the_same(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    with stopping.StopSignals() as stop:
+        stop.defer()
+        monkeypatch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == "SIGINT"
+
+
+def a_worker(run, started, born_after):
+    """What a worker does once it is forked: it says its pid, and lives on as if it had images to load."""
+    time.sleep(born_after)
+    stopping.leave_to_parent(run)
+    os.write(started, f"{os.getpid()}\n".encode())
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("born_after", [0.0, 0.5])  # before its run is killed, after
+def test_worker_does_not_outlive_a_killed_run(born_after):
+    reading, writing = os.pipe()
+    fork = multiprocessing.get_context("fork")
+
+    def as_run():
+        os.close(reading)
+        fork.Process(target=a_worker, args=(os.getpid(), writing, born_after)).start()
+        time.sleep(60)
+
+    run = fork.Process(target=as_run)
+    run.start()
+    os.close(writing)
+    with open(reading) as said:
+        if born_after:
+            time.sleep(0.2)
+        else:
+            os.kill(int(said.readline()), signal.SIGTERM)  # not the run's own
+        run.kill()
+        run.join()
+        start = time.monotonic()
+        said.read()  # to the end, which is the worker's
+        assert time.monotonic() - start < born_after + 5

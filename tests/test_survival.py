@@ -21,6 +21,7 @@ import run_folder
 import weight_selection
 from checkpoint import numbered_checkpoints, read_checkpoint
 from utils import STOPPED, UserError
+from weights import read_initialization
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,10 +216,14 @@ def test_limit_of_file_size_keeps_an_initialization(suffix, tmp_path):
     model = models_of_a_pair(tmp_path)
     file = tmp_path / f"student.{suffix}"
     weight_selection.main([*model, "--output_dir", str(file)])
-    before = file.read_bytes()
-    with pytest.raises(UserError, match=r"could not be written .*File too large"), largest_file(5_000):
-        weight_selection.main([*model, "--output_dir", str(file)])
-    assert file.read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+    before = {path: path.read_bytes() for path in (file, file.with_suffix(".json"))}
+    assert (
+        len(before[file.with_suffix(".json")]) < 20_000 < len(before[file])
+    )  # the description could be written, the weights cannot
+    with pytest.raises(UserError, match=r"could not be written .*File too large"), largest_file(20_000):
+        weight_selection.main([*model, "--output_dir", str(file), "--element_selection", "consecutive"])
+    assert all(path.read_bytes() == content for path, content in before.items()) and not list(tmp_path.glob(".*.tmp"))
+    assert read_initialization(str(file), "vit")[1]["choices"]["element_selection"] == "uniform"
     assert safetensors.torch.load_file(file) if suffix == "safetensors" else torch.load(file, weights_only=True)
 
 
