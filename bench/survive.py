@@ -3,12 +3,13 @@
     python bench/survive.py [--runs 100] [--out results/survive.json]
 
 Each run is killed one to three times: half of the kills at a random moment, half while a file is being written. Of two
-processes one or both are killed; the other has to end by itself. The runs are forked from this process, which has
+processes one or both are killed; the other has to end by itself, and so have all workers. The runs are forked from this process, which has
 imported everything, so that a start takes no time and a run seconds: small models on images of noise, four epochs,
 saved every second update.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -41,10 +42,11 @@ VARIANTS = {
     "1 process": (1, "--batch_size 8 --num_workers 0"),
     "1 process, 2 workers": (1, "--batch_size 8 --num_workers 2"),
     "1 process, augmented on the device": (1, "--batch_size 4 --update_freq 2 --num_workers 1 --augment device"),
-    "2 processes": (2, "--batch_size 4 --num_workers 0"),
+    "2 processes, accumulating": (2, "--batch_size 2 --update_freq 2 --num_workers 0"),
     "2 processes, worker, cache": (2, "--batch_size 4 --num_workers 1 --augment device --cache ram"),
 }
 END_SECONDS = 60  # within which the other process has to end after a kill
+WORKERS_END_SECONDS = 10  # and all workers, once their runs have
 
 
 def make_images(folder: Path) -> Path:
@@ -88,15 +90,31 @@ class Job:
     def wait(self, seconds: float) -> list[int | None]:
         """The exit codes once all have ended; RuntimeError with what they said if they do not."""
         end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        while self.running() and time.monotonic() < end:  # join would wait for their workers, too
+            time.sleep(0.005)
         if self.running():
             self.send(signal.SIGKILL)
             raise RuntimeError(f"still running after {seconds:g} s:\n{self.said.read_text()}")
+        end = time.monotonic() + WORKERS_END_SECONDS
+        while left := [pid for process in self.processes for pid in members(process.pid)]:
+            if time.monotonic() > end:
+                raise RuntimeError(f"processes {left} have outlived their run:\n{self.said.read_text()}")
+            time.sleep(0.05)
         return [process.exitcode for process in self.processes]
 
 
+def members(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
+    return found
+
+
 def _run(argv: list[str], environment: dict[str, str], said: Path) -> None:
+    os.setpgid(0, 0)  # it and its workers, so that those can be found
     os.environ |= environment
     file = open(said, "a", buffering=1)  # noqa: SIM115
     for descriptor in (1, 2):

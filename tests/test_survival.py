@@ -19,6 +19,7 @@ from conftest import assert_equal_weights, read_log, survive, weights_of
 import main as script
 import run_folder
 import weight_selection
+import workers
 from checkpoint import numbered_checkpoints, read_checkpoint
 from utils import STOPPED, UserError
 from weights import read_initialization
@@ -48,10 +49,25 @@ def job(tmp_path):
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
-    variants = ["1 process, 2 workers", "2 processes"]
+    variants = ["1 process, 2 workers", "2 processes, accumulating"]
     result = survive.main(["--runs", "2", "--variants", *variants, "--out", str(tmp_path / "survive.json")])
     assert json.loads((tmp_path / "survive.json").read_text()) == result
     assert all(result["runs"][name]["runs"] == 1 and result["runs"][name]["kills"] >= 1 for name in variants)
+
+
+def test_bench_notices_processes_that_are_left(job, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(survive, "WORKERS_END_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "leave_to_parent", lambda *_: None)  # torch's own look is every 5 s
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 60.0)
+    run = job(tiny_run("--epochs", "400", "--num_workers", "1"), processes=1)
+    wait_for(lambda: (tmp_path / "run" / "log.txt").exists() and read_log(tmp_path / "run"))
+    worker = next(pid for pid in survive.members(run.processes[0].pid) if pid != run.processes[0].pid)
+    run.send(signal.SIGKILL)
+    try:
+        with pytest.raises(RuntimeError, match=rf"processes \[{worker}\] have outlived their run"):
+            run.wait(60)
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_bench_notices_other_weights(tmp_path, monkeypatch):
