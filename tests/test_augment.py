@@ -445,6 +445,31 @@ def test_nothing_in_it_waits_for_the_device(changes):
         augment(images, 0, np.arange(64), (0, 0))
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute or copy something: on a GPU, about as many launches."""
+
+    VIEWS = ("view", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "expand", "split", "split_with_sizes",
+        "unbind", "detach", "alias", "t", "as_strided", "_unsafe_view", "_reshape_alias")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [64, 256, 512])
+def test_kernels_do_not_grow_with_the_batch(batch, monkeypatch):
+    monkeypatch.setattr("augment.CPU_CHUNK", batch)  # all at once, as on a GPU
+    augment, images = make(), photographs(64).repeat(batch // 64, 1, 1, 1)
+    with Kernels() as kernels:
+        augment(images, 0, np.arange(batch), (0, 0))
+    # two layers of twelve kinds of operations, of which a batch has some or all
+    assert 200 < kernels.count < 420
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("changes", [{"input_size": 40}, {}, {"crop": False}, {"train_interpolation": "random"}])

@@ -75,6 +75,27 @@ def test_one_process_with_accumulation_makes_the_same_updates(two_process_run, t
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
+def test_compiled_run_of_two_processes_is_the_same_run_and_is_resumed(two_process_run, tmp_path, monkeypatch):
+    """In bfloat16, with accumulation and an average, as traced for DDP; what is traced is not made into C++ here."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, mode: real(model, backend="aot_eager"))
+    _, argv, _ = two_process_run
+    more = [*argv, "--batch_size", "2", "--update_freq", "2", "--model_ema", "true", "--model_ema_decay", "0.9", "--drop_path", "0",
+        "--use_amp", "true", "--amp_dtype", "bfloat16", "--save_ckpt_num", "9"]  # fmt: skip
+    for name, words in (("plain", []), ("whole", ["--compile"]), ("resumed", ["--compile"])):
+        if name == "resumed":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "checkpoint-1.pth").write_bytes((tmp_path / "whole" / "checkpoint-1.pth").read_bytes())
+        codes, said = in_two_processes([*more, *words, "--output_dir", tmp_path / name], tmp_path / "said.txt")
+        assert codes == [0, 0], said
+    plain, whole, resumed = (final(tmp_path / name) for name in ("plain", "whole", "resumed"))
+    for part in ("model", "model_ema"):
+        for key, value in whole[part].items():
+            assert torch.equal(value, resumed[part][key])
+            # bfloat16 has 8 bits, and AdamW divides by the size of a gradient
+            torch.testing.assert_close(value, plain[part][key], rtol=0, atol=5e-3)
+
+
 def test_evaluation_is_exact_over_any_number_of_processes(two_process_run):
     folder, argv, _ = two_process_run
     logged = read_log(folder)[-1]

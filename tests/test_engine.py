@@ -11,7 +11,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import datasets
 import engine
+import feed
+import loader
+import models
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
 from metrics import DeviceSums, EpochLog, count_in_top, summary
 from optim_factory import create_optimizer
@@ -104,6 +108,66 @@ def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     # two reads, one every 4 of the 8 updates; float16 asks there too how many updates in a row it skipped
     per_read = ["tolist", "aten._local_scalar_dense.default"] if dtype == torch.float16 else ["tolist"]
     assert len(reads) == 2 and host.seen == per_read * 2
+
+
+RECIPE = {"hflip": 0.5, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic",
+    "reprob": 0.25, "remode": "pixel", "recount": 1}  # fmt: skip
+MIXING = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch", "smoothing": 0.1}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", ["ram", "device"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_host_waits_only_at_log_steps_of_the_whole_loop(name, cache, image_folder, monkeypatch):
+    """The recipe augmented on the device, mixed, accumulated, averaged: two epochs of five updates, a reading each."""
+    device, reads, real = torch.device(name), [], DeviceSums.read
+    images = datasets.load_images("image_folder", str(image_folder), True)
+    order = loader.TrainBatches(40, batch_size=4, update_freq=2, world_size=1, rank=0, seed=0)
+    workers = {"num_workers": 0, "pin_memory": name == "cuda", "yielding": False}
+    mean, std = loader.mean_and_std(True)
+    batches = feed.train_batches(
+        images, order, augment="device", cache=cache, cache_size=None, input_size=40, mean=mean, std=std,
+        augmentation=RECIPE, seed=0, device=device, workers=workers
+    )  # fmt: skip
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    model = models.build_model("vit_tiny", num_classes=3, input_size=40, model_kwargs=shape).to(device)
+    optimizer = create_optimizer(
+        [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}], "adamw", lr=1e-3, momentum=0.0, eps=1e-8
+    )  # fmt: skip
+    trainer = Trainer(
+        model, SoftTargetCrossEntropy(), optimizer, Precision(device, torch.bfloat16), np.full(10, 1e-3), np.zeros(10), update_freq=2,
+        clip_grad=1.0, mixer=loader.build_mixer(num_classes=3, seed=0, **MIXING), ema=ModelEmaV3(model, decay=0.9), log_freq=9
+    )  # fmt: skip
+
+    def read(self, **kwargs):
+        if name == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        reads.append(1)
+        return real(self, **kwargs)
+
+    monkeypatch.setattr(DeviceSums, "read", read)
+    train_one_epoch(trainer, batches, Progress(), steps=5, report=lambda *_: None)  # first use builds handles
+    with HostReads(monkeypatch) as host:
+        try:
+            if name == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            train_one_epoch(trainer, batches, Progress(epoch=1), steps=5, report=lambda *_: None)
+        finally:
+            if name == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 2 and host.seen == ["tolist"]
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
