@@ -66,7 +66,7 @@ class WorkerBatches:
             prefetch_factor=AHEAD if self.num_workers else None,
             persistent_workers=self.persistent,
             pin_memory=self.pin_memory,
-            worker_init_fn=functools.partial(_start_worker, os.getpid(), self.yielding),
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # without its own, every pass draws from the one that the model draws from
         )
 
@@ -136,7 +136,8 @@ class IntoSlots:
 class Gate:
     """Open while the run waits for a batch; while it is closed, workers that it holds wait before the next image.
 
-    For a training that keeps the cores busy: what a worker takes from one of them then, the others wait for.
+    For a training that keeps the cores busy: what a worker takes from one of them then, the others wait for. (A low
+    priority would not do: it leaves a part of that, and next to other programs nothing for the workers.)
     """
 
     LONGEST = 1.0  # s; a worker goes on after this in any case, and so finds out when it has to end
@@ -177,11 +178,9 @@ def _unchanged(batch: Filled) -> Filled:
     return batch
 
 
-def _start_worker(run: int, yielding: bool, _: int) -> None:
+def _start_worker(run: int, _: int) -> None:
     leave_to_parent(run)
     get_worker_info().dataset.gate.enter_worker()
-    if yielding:
-        os.nice(19)
 
 
 @functools.cache
