@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict:
     options.ways = options.ways or [way for way in WAYS if on_gpu or way in ON_CPU]
     torch.backends.cudnn.benchmark = True
     dtype = engine.Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
-    start = time.monotonic()
+    start, code = time.monotonic(), revision()  # before anything is written
     with contextlib.ExitStack() as stack:
         folder = options.data
         if folder is None:
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> dict:
                 print("\n".join(shown), flush=True)
                 bench.close()
                 # after each, so that what ends a later one loses nothing
-                notes = conditions(options, images, device, dtype, time.monotonic() - start, argv)
+                notes = conditions(options, images, device, dtype, time.monotonic() - start, code, argv)
                 result = {"peak": peak_rate, "notes": notes, "results": results}
                 if options.out:
                     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,9 @@ def default_sizes(name: str, on_gpu: bool) -> list[int]:
     return RECIPE_BATCHES.get(name, [64]) if on_gpu else [16]
 
 
-def conditions(options, images, device: torch.device, dtype: torch.dtype, seconds: float, argv: list[str] | None):
+def conditions(
+    options, images, device: torch.device, dtype: torch.dtype, seconds: float, code: str | None, argv: list[str] | None
+) -> list[str]:
     """What it was measured on and with, in lines."""
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.processor() or platform.machine()} CPU"
@@ -251,7 +253,7 @@ def conditions(options, images, device: torch.device, dtype: torch.dtype, second
         f"{torch.get_num_threads()} threads; {str(dtype).removeprefix('torch.')}; {compiled}.",
         f"{len(images)} images of {options.data.name if options.data else '32 px noise'}; n = {options.rounds} rounds in "
         f"turns of {turns}; {seconds:.0f} s in all.",
-        f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}; this code {revision()}.",
+        f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}; this code {code}.",
         f"Command: `python bench/throughput.py {' '.join(sys.argv[1:] if argv is None else argv)}`",
     ]
 
