@@ -71,9 +71,15 @@ def _from_hub(repository: str, filename: str) -> Path:
 
 
 def _from_address(address: str) -> Path:
-    """The copy in torch's cache of the file at an address, where `torch.hub.load_state_dict_from_url` has it too."""
+    """The copy in torch's cache of the file at an address, where `torch.hub.load_state_dict_from_url` has it too.
+
+    It is downloaded by https alone, and if its name ends in the beginning of its sha256, as torch's convention is.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlparse(address).path).name
     if not path.is_file():
+        sha256 = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+        if not address.startswith("https://") or not sha256:
+            raise LookupError(f"{address} is not an address of https that names the beginning of its file's sha256")
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), progress=False)
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256[1], progress=False)
     return path

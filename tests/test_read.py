@@ -1,5 +1,6 @@
 """A teacher's file is opened at once and read where it is asked for; what is damaged there is found there."""
 
+import hashlib
 import json
 import os
 import random
@@ -385,12 +386,18 @@ def test_file_goes_before_the_hub_and_the_hub_before_the_address(hub, tmp_path, 
     assert pretrained_file(known(**everything, source="hf-hub"), "x") == path
 
 
-def test_address_is_downloaded_into_torchs_cache(tmp_path, monkeypatch):
+def test_address_is_downloaded_into_torchs_cache_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    address = save(tmp_path / "w.pth").as_uri()
-    path = pretrained_file(known(url=address), "x")
-    assert path == tmp_path / "torch" / "checkpoints" / "w.pth"
+    file, real = save(tmp_path / "w.pth"), torch.hub.download_url_to_file
+    # the only stand-in: torch's downloader reads file: as it reads https:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, *args, **more: real(file.as_uri(), *args, **more))
+    name = f"w-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth"
+    path = pretrained_file(known(url=f"https://example.org/a/{name}?download=1"), "x")
+    assert path == tmp_path / "torch" / "checkpoints" / name
     assert_equal(open_weights(path), TENSORS)
+    with pytest.raises(UserError, match="x cannot be loaded: invalid hash value"):
+        pretrained_file(known(url="https://example.org/w-00000000.pth"), "x")
+    assert [each.name for each in path.parent.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
@@ -398,7 +405,8 @@ def test_address_is_downloaded_into_torchs_cache(tmp_path, monkeypatch):
     [
         ({"hf_hub_id": "timm/vit_small_patch16_224.augreg_in21k"}, "cannot find the requested files"),
         ({"hf_hub_id": "not a name"}, "Repo id must "),
-        ({"url": "file:///nowhere/w.pth"}, "No such file or directory"),
+        ({"url": "http://example.org/w-12345678.pth"}, "is not an address of https"),
+        ({"url": "https://example.org/w.pth"}, "that names the beginning of its file's sha256"),
         ({}, "timm knows no weights of it"),
     ],
 )
