@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict:
     result = {
         "runs": table,
         "all": "every run ended with the weights, the average, the optimizer and the log of the run that was not killed; "
-        "every checkpoint found after a kill could be read",
+        f"every checkpoint found after a kill could be read; no process outlived its run by {WORKERS_END_SECONDS} s",
         "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}, this code {revision()}",
         "seconds": round(time.monotonic() - start),
