@@ -16,6 +16,7 @@ import engine
 import feed
 import loader
 import models
+from bench.throughput_loops import MIXING, RECIPE
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
 from metrics import DeviceSums, EpochLog, count_in_top, summary
 from optim_factory import create_optimizer
@@ -83,22 +84,10 @@ def test_every_way_to_wait_is_counted(monkeypatch):
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
-    from loader import build_mixer
-
     reads, real = [], DeviceSums.read
     monkeypatch.setattr(DeviceSums, "read", lambda self, **kwargs: reads.append(1) or real(self, **kwargs))
     model = tiny_model()
-    mixer = build_mixer(
-        mixup=0.8,
-        cutmix=1.0,
-        cutmix_minmax=None,
-        mixup_prob=1.0,
-        mixup_switch_prob=0.5,
-        mixup_mode="batch",
-        smoothing=0.1,
-        num_classes=3,
-        seed=0,
-    )
+    mixer = loader.build_mixer(num_classes=3, seed=0, **MIXING)
     trainer = make_trainer(model, 8, dtype=dtype, update_freq=2, clip_grad=1.0, ema=ModelEmaV3(model, decay=0.9), log_freq=4,
         mixer=mixer if mixed else None)  # fmt: skip
     if mixed:
@@ -108,12 +97,6 @@ def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     # two reads, one every 4 of the 8 updates; float16 asks there too how many updates in a row it skipped
     per_read = ["tolist", "aten._local_scalar_dense.default"] if dtype == torch.float16 else ["tolist"]
     assert len(reads) == 2 and host.seen == per_read * 2
-
-
-RECIPE = {"hflip": 0.5, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic",
-    "reprob": 0.25, "remode": "pixel", "recount": 1}  # fmt: skip
-MIXING = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
-    "mixup_mode": "batch", "smoothing": 0.1}  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", ["ram", "device"])
