@@ -3,9 +3,9 @@
     python bench/survive.py [--runs 100] [--out results/survive.json]
 
 Each run is killed one to three times: half of the kills at a random moment, half while a file is being written. Of two
-processes one or both are killed; the other has to end by itself, and so have all workers. The runs are forked from this process, which has
-imported everything, so that a start takes no time and a run seconds: small models on images of noise, four epochs,
-saved every second update.
+processes one or both are killed; the other has to end by itself, and so have all workers. The runs are forked from this
+process, which has imported everything, so that a start takes no time and a run seconds: small models on images of noise,
+four epochs, saved every second update.
 """
 
 import argparse

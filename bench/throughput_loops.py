@@ -83,7 +83,7 @@ class Bench:
         order = loader.TrainBatches(
             len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0
         )
-        how = {"num_workers": options.num_workers, "pin_memory": not on_cpu}
+        how = {"num_workers": options.num_workers, "pin_memory": self.device.type == "cuda"}
         if name == ORIGINAL:
             transformed = loader.TransformedImages(self.images, loader.train_transform(size, mean, std, **RECIPE))
             batches = DataLoader(transformed, batch_sampler=order, persistent_workers=options.num_workers > 0, **how)
