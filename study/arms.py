@@ -81,6 +81,10 @@ STUDIES = {
             ("vit", "tenth", "random selected shuffled", range(3)),
             ("convnext", "full", "random selected shuffled", range(3)),
             ("convnext", "tenth", "random selected shuffled", range(3)),
+            # the rules on little data first: what is inherited shows more there, and a run takes a minute or two
+            ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
+            ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
+            ("vit", "tenth", "wide_blend wide_keep", range(3)),
             ("vit", "full", "keep consecutive random_slots random_inconsistent magnitude", range(2)),
             ("vit", "full", "last_layers middle_layers uniform_layers", range(2)),
             ("vit", "full", "wide_blend wide_keep", range(2)),
