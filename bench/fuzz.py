@@ -35,7 +35,7 @@ import safetensors
 import timm
 import torch
 
-from bench import fuzz_mutations, fuzz_samples
+from bench import fuzz_bytes, fuzz_mutations, fuzz_samples, fuzz_zip
 from utils import UserError, json_lines
 
 SECONDS = 5.0  # of the processor, for one reader
@@ -108,7 +108,7 @@ def judge(case: Case, sample: fuzz_samples.Sample, root: Path, watch: Watch) -> 
     folder = root / "inside" / "mutant"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    fuzz_mutations.put(files, folder)
+    fuzz_bytes.put(files, folder)
     before, named, outcomes = listing(root), folder / next(iter(sample.files)), []
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     had, start = memory("VmRSS"), time.process_time()
@@ -234,7 +234,7 @@ def fuzz(cases: list[Case]) -> list[Verdict]:
         root = Path(name)
         (root / "made").mkdir()
         samples = fuzz_samples.make_samples(root / "made")
-        fuzz_mutations.zeros()  # once, before there are processes
+        fuzz_zip.zeros()  # once, before there are processes
         verdicts = []
         for verdict in run(cases, samples, root):
             verdicts.append(verdict)

@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import weight_selection
 import weights
-from bench import fuzz, fuzz_mutations, fuzz_samples
+from bench import fuzz, fuzz_bytes, fuzz_mutations, fuzz_pickles, fuzz_reader, fuzz_samples
 from bench.fuzz import Case
 from containers import check_pickle
 from selection.read import open_weights
@@ -79,7 +79,7 @@ def names_no_file(path, *_):
 
 
 def runs_code(path, *_):
-    os.system(f"touch {fuzz_mutations.CANARY}")
+    os.system(f"touch {fuzz_pickles.CANARY}")
     return read_weights(path)
 
 
@@ -146,7 +146,7 @@ def test_second_reader_finds_what_was_written(tmp_path):
     assert not list(made.iterdir()) and samples.keys() == fuzz_mutations.MUTATIONS.keys()
     expected = samples["initialization .pth"].truth(made, False)
     for kind, name in ((".pth", "w.pth"), (".pth, old", "o.pth"), (".safetensors", "w.safetensors")):
-        fuzz_mutations.put(samples[kind].files, tmp_path)
+        fuzz_bytes.put(samples[kind].files, tmp_path)
         found = samples[kind].truth(tmp_path / name, False)
         assert found.keys() >= expected.keys()
         read = read_weights(tmp_path / name)
@@ -173,11 +173,11 @@ def refused(path, message):
         assert path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("thing", range(len(fuzz_mutations.RUN)))
+@pytest.mark.parametrize("thing", range(len(fuzz_pickles.RUN)))
 @pytest.mark.parametrize("zipped", [True, False])
 def test_no_pickle_calls_anything(thing, zipped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = b"\x80\2}" + fuzz_mutations.text("a") + fuzz_mutations.RUN[thing] + b"s."
+    code = b"\x80\2}" + fuzz_pickles.text("a") + fuzz_pickles.RUN[thing] + b"s."
     path = tmp_path / "x.pth"
     if zipped:
         torch.save(TENSORS, path)
@@ -188,7 +188,7 @@ def test_no_pickle_calls_anything(thing, zipped, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("code", [fuzz_mutations.nested_tuples(60), fuzz_mutations.nested_tuples(4, 100)])
+@pytest.mark.parametrize("code", [fuzz_pickles.nested_tuples(60), fuzz_pickles.nested_tuples(4, 100)])
 def test_key_that_takes_for_ever_to_hash_is_refused(code, tmp_path):
     torch.save(TENSORS, tmp_path / "x.pth")
     refused(rewritten(tmp_path / "x.pth", lambda _: b"\x80\2}" + code + b"Ns."), r"x\.pth is refused")
@@ -197,7 +197,7 @@ def test_key_that_takes_for_ever_to_hash_is_refused(code, tmp_path):
 @pytest.mark.parametrize("place", ["value", "called"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_lists_that_take_for_ever_to_print_are_refused(place, zipped, tmp_path):
-    code = b"\x80\2}K\1" + fuzz_mutations.nested_lists(60) + (b"s." if place == "value" else b")Rs.")
+    code = b"\x80\2}K\1" + fuzz_pickles.nested_lists(60) + (b"s." if place == "value" else b")Rs.")
     torch.save(TENSORS, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     if zipped:
         rewritten(tmp_path / "x.pth", lambda _: code)
@@ -214,7 +214,7 @@ def test_key_nested_deeply_is_refused(tmp_path):
 
 def test_pickle_of_millions_of_objects_is_not_walked_through():
     with pytest.raises(pickle.UnpicklingError, match="objects without end"):
-        check_pickle(io.BytesIO(b"\x80\2" + fuzz_mutations.nested_tuples(24) + b"."))
+        check_pickle(io.BytesIO(b"\x80\2" + fuzz_pickles.nested_tuples(24) + b"."))
     one_by_one = b"\x80\2]" + b"K\1a" * 1000 + b"."
     for intact in (pickle.dumps([{"betas": (0.9, 0.999)}] + [1] * 150_000, protocol=2), one_by_one):
         assert check_pickle(io.BytesIO(intact)) == []
@@ -293,7 +293,7 @@ def test_names_from_a_file_reach_no_terminal_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool])
 def test_teacher_of_other_than_floating_point_is_refused(dtype, tmp_path):
-    kwargs = {"teacher_kwargs": fuzz_samples.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
+    kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
     tensors = {key: value.to(dtype) for key, value in fuzz_samples.MODELS[0].state_dict().items()}
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=rf"x\.pth: \S+ is of {str(dtype).removeprefix('torch.')}, not of floating"):
@@ -303,7 +303,7 @@ def test_teacher_of_other_than_floating_point_is_refused(dtype, tmp_path):
 
 
 def test_kernel_that_would_take_minutes_to_resize_is_refused(tmp_path):
-    kwargs = {"teacher_kwargs": fuzz_samples.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
+    kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
     tensors = {**fuzz_samples.MODELS[0].state_dict(), "patch_embed.proj.weight": torch.ones(24, 3, 65, 64)}
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"has patch_embed.proj.weight \[24, 3, 65, 64\], a kernel larger than 64 x 64"):
@@ -349,7 +349,7 @@ def test_checkpoint_with_a_tensor_of_no_bytes_is_refused(tmp_path):
 def arrays(tmp_path):
     """Write a `.npz` with some of its arrays changed, and read it as a teacher."""
     chance = np.random.default_rng(0)
-    intact = {key: chance.normal(size=shape).astype(np.float32) for key, shape in fuzz_samples.NPZ.items()}
+    intact = {key: chance.normal(size=shape).astype(np.float32) for key, shape in fuzz_reader.NPZ.items()}
 
     def read(change=lambda content: content, include_head=False, **changed):
         path = tmp_path / "vit.npz"
@@ -359,7 +359,7 @@ def arrays(tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in entries:
                 archive.writestr(name, change(content) if name == "cls.npy" else content)
-        kwargs = {"teacher_kwargs": fuzz_samples.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
+        kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
         kwargs["include_head"] = include_head
         return weight_selection.initialize(fuzz_samples.NAME, fuzz_samples.NAME, pretrained_path=str(path), **kwargs)
 
