@@ -28,6 +28,8 @@ ARMS = {
     "last_layers": Arm("last layers", "--layer_selection last"),
     "middle_layers": Arm("middle layers", "--layer_selection middle"),
     "uniform_layers": Arm("layers spread", "--layer_selection uniform"),
+    "twice_blend": Arm("teacher twice as wide", "--heads blend", teacher="twice_teacher"),
+    "twice_keep": Arm("twice as wide, whole heads", "--heads keep", teacher="twice_teacher"),
     "wide_blend": Arm("teacher 4 times as wide", "--heads blend", teacher="wide_teacher"),
     "wide_keep": Arm("4 times as wide, whole heads", "--heads keep", teacher="wide_teacher"),
 }
@@ -64,8 +66,12 @@ STUDIES = {
             "vit/teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 32
             ),
+            # as deep as the student, so that width alone is what differs between these two
+            "vit/twice_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 25
+            ),
             "vit/wide_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=256 depth=12 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 85
+                "vit_tiny", _VIT + "embed_dim=256 depth=6 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 75
             ),
             "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
             "convnext/teacher": Model(
@@ -81,10 +87,10 @@ STUDIES = {
             ("vit", "tenth", "random selected shuffled", range(3)),
             ("convnext", "full", "random selected shuffled", range(3)),
             ("convnext", "tenth", "random selected shuffled", range(3)),
-            # the rules on little data first: what is inherited shows more there, and a run takes a minute or two
+            # rules on little data first: what is inherited shows more there, and a run takes a minute or two
             ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
             ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
-            ("vit", "tenth", "wide_blend wide_keep", range(3)),
+            ("vit", "tenth", "wide_blend wide_keep twice_blend twice_keep", range(3)),
             ("vit", "full", "keep consecutive random_slots random_inconsistent magnitude", range(2)),
             ("vit", "full", "last_layers middle_layers uniform_layers", range(2)),
             ("vit", "full", "wide_blend wide_keep", range(2)),

@@ -36,7 +36,7 @@ QUESTIONS = (
         "elements", "Element rules and heads", "selected", "keep consecutive random_slots random_inconsistent magnitude"
     ),
     Question("layers", "Layer rules", "selected", "last_layers middle_layers uniform_layers"),
-    Question("width", "A wider teacher", "selected", "keep wide_blend wide_keep"),
+    Question("width", "A wider teacher", "random", "twice_blend twice_keep wide_blend wide_keep"),
 )
 SHARES_OF_RUN = (("after 1/10", 1 / 10), ("after 1/3", 1 / 3), ("at the end", 1.0))
 
