@@ -18,6 +18,7 @@ from options import FREE_ON_RESUME
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 DASH = "–"  # noqa: RUF001
+MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction")
 
 
 class CompareError(Exception):
@@ -150,14 +151,24 @@ def label(settings: list[dict[str, str]]) -> list[str]:
     return [", ".join(text(name, each.get(name, "unset")) for name in differing) for each in settings]
 
 
-def find_baseline(groups: dict[str, list[Run]], wanted: str | None) -> str:
-    """The label of the group that `wanted` names; without it of the first of random values, or else of the first."""
+def find_baselines(groups: dict[str, list[Run]], wanted: str | None) -> dict[str, str]:
+    """{a group's label: its baseline's}: the group that `wanted` names, for all of them.
+
+    Without it the first of random values that trains the same model on the same data, or else the first that does.
+    """
     if wanted is None:
-        return next((name for name, runs in groups.items() if not runs[0].settings["initialize"]), next(iter(groups)))
+        questions: dict[tuple, list[str]] = defaultdict(list)
+        for name, runs in groups.items():
+            questions[tuple(runs[0].settings.get(setting) for setting in MODEL_AND_DATA)].append(name)
+        return {
+            name: next((each for each in names if not groups[each][0].settings["initialize"]), names[0])
+            for names in questions.values()
+            for name in names
+        }
     folder = Path(wanted).resolve()
     for name, runs in groups.items():
         if name == wanted or any(run.folder.resolve().is_relative_to(folder) for run in runs):
-            return name
+            return dict.fromkeys(groups, name)
     raise CompareError(f"--baseline {wanted}: no group and no folder of one; the groups are: {'; '.join(groups)}")
 
 
@@ -223,12 +234,16 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 
 def table(summaries: list[dict], metric: str) -> str:
-    """The Markdown table, the baseline first, and the line that says how to read it."""
+    """The Markdown table, each baseline before what is compared with it, and the line that says how to read it."""
     decimals, unit = (1, " %") if "acc" in metric else (3, "")
     head = f"group|n|best {metric}{unit}|last {metric}{unit}|epochs to the baseline's last|gain, same seed".split("|")
     lines = markdown([head, ["---", *["---:"] * 5], *(row(summary, decimals) for summary in summaries)])
-    end = f"{summaries[0]['last']['mean']:.{decimals}f}{unit}"
-    note = f"Mean ± sample standard deviation over n seeds. Baseline: {summaries[0]['label']}, which ends at {end}."
+    ends = "; ".join(
+        f"{each['label']}, which ends at {each['last']['mean']:.{decimals}f}{unit}"
+        for each in summaries
+        if each["baseline"] == each["label"]
+    )
+    note = f"Mean ± sample standard deviation over n seeds. Baseline: {ends}."
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -286,7 +301,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder with runs below it")
     add("--metric", default="test_acc1", help="key of log.txt (default: %(default)s)")
-    add("--baseline", metavar="GROUP", help="label of a group, or folder with its runs (default: random init)")
+    add(
+        "--baseline",
+        metavar="GROUP",
+        help="label of a group, or folder with its runs (default: random init of the same model on the same data)",
+    )
     add("--ignore", action="append", default=[], metavar="SETTING", help="a setting that parts no groups; repeatable")
     add("--plot", type=Path, metavar="FILE", help="draw the curves (.png, .svg, .pdf)")
     add("--markdown", type=Path, metavar="FILE", help="write the table to a file too")
@@ -299,9 +318,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def compare(wanted: argparse.Namespace) -> None:
     groups = group_runs(read_runs(find_runs(wanted.runs), wanted.metric), wanted.ignore)
-    baseline = find_baseline(groups, wanted.baseline)
-    names = sorted(groups, key=lambda name: name != baseline)
-    summaries = [summarize(name, groups[name], groups[baseline], wanted.metric) for name in names]
+    baselines = find_baselines(groups, wanted.baseline)
+    order = list(dict.fromkeys(baselines.values()))
+    names = sorted(baselines, key=lambda name: (order.index(baselines[name]), name != baselines[name]))
+    summaries = [
+        summarize(name, groups[name], groups[baselines[name]], wanted.metric) | {"baseline": baselines[name]}
+        for name in names
+    ]
     text = table(summaries, wanted.metric)
     print(text, end="")
     for file in filter(None, (wanted.markdown, wanted.json, wanted.plot)):
@@ -309,7 +332,7 @@ def compare(wanted: argparse.Namespace) -> None:
     if wanted.markdown:
         wanted.markdown.write_text(text, encoding="utf-8")
     if wanted.json:
-        result = {"metric": wanted.metric, "baseline": baseline, "groups": summaries}
+        result = {"metric": wanted.metric, "groups": summaries}
         wanted.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if wanted.plot:
         draw(summaries, wanted.metric, wanted.plot)

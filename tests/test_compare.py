@@ -177,7 +177,22 @@ def test_baseline_is_the_named_group(students, tmp_path, by):
     folder = tmp_path / "elsewhere"
     write_run(folder / "lr", [90, 90, 90], lr=0.5)
     wanted = {"label": "random init, lr=0.5", "folder": folder, "run": folder / "lr"}[by]
-    assert run_json(tmp_path, students, folder, "--baseline", wanted)["baseline"] == "random init, lr=0.5"
+    groups = run_json(tmp_path, students, folder, "--baseline", wanted)["groups"]
+    assert [group["baseline"] for group in groups] == ["random init, lr=0.5"] * 3
+    assert groups[0]["label"] == "random init, lr=0.5"
+
+
+def test_each_model_and_data_set_has_a_baseline_of_its_own(students, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_run(other / "a", [1, 2, 4], sha256="bb", data_set="CIFAR100")
+    write_run(other / "b", [1, 2, 3], data_set="CIFAR100")
+    write_run(other / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # which has no run of random values
+    groups = run_json(tmp_path, students, other)["groups"]
+    digits, cifar = "random init, data_set=digits, model=unset", "random init, data_set=CIFAR100, model=unset"
+    assert [group["baseline"] for group in groups][2:] == [cifar, cifar, groups[4]["label"]]
+    assert [group["label"] for group in groups][::2] == [digits, cifar, groups[4]["label"]]
+    assert [group["gain"]["mean"] for group in groups] == [None, pytest.approx(25), None, 1, None]
+    assert f"Baseline: {digits}, which ends at 45.0 %; {cifar}, which ends at 3.0 %; init" in capsys.readouterr().out
 
 
 def test_unknown_baseline_is_one_line_naming_the_groups(students, capsys):
