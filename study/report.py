@@ -21,6 +21,7 @@ from arms import ARMS
 from compare import CompareError, Run
 
 METRIC = "test_acc1"
+KIND = "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}"  # of machine
 
 
 class Question(NamedTuple):
@@ -37,6 +38,14 @@ QUESTIONS = (
     ),
     Question("layers", "Layer rules", "selected", "last_layers middle_layers uniform_layers"),
     Question("width", "A wider teacher", "random", "twice_blend twice_keep wide_blend wide_keep"),
+)
+# what a question turns on beside the gain over its baseline: the second arm against the first
+PAIRS = (
+    ("shuffled", "selected"),
+    ("twice_blend", "twice_keep"),
+    ("wide_blend", "wide_keep"),
+    ("twice_blend", "wide_blend"),
+    ("twice_keep", "wide_keep"),
 )
 SHARES_OF_RUN = (("after 1/10", 1 / 10), ("after 1/3", 1 / 3), ("at the end", 1.0))
 
@@ -60,8 +69,9 @@ def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
             else:
                 raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(ARMS)}")
     for section in sections.values():
-        for runs in section.values():
+        for arm, runs in section.items():
             check_seeds(runs)
+            check_teacher(arm, runs)
         check_settings([run for runs in section.values() for run in runs])
     return sections, teachers
 
@@ -72,6 +82,17 @@ def check_seeds(runs: list[Run]) -> None:
     for run in runs:
         if first.setdefault(run.seed, run) is not run:
             raise CompareError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
+
+
+def check_teacher(arm: str, runs: list[Run]) -> None:
+    """CompareError for an arm that draws nothing and whose weights are not the same for all seeds: teachers were mixed."""
+    if "{seed}" in (ARMS[arm].selection or ""):
+        return
+    for run in runs[1:]:
+        if run.settings["initialize"] != runs[0].settings["initialize"]:
+            raise CompareError(
+                f"{runs[0].folder} and {run.folder} cannot stand together: they inherit from two teachers"
+            )
 
 
 def check_settings(runs: list[Run]) -> None:
@@ -95,9 +116,20 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
     ]
 
 
+def accuracy(run: Run, share: float) -> float:
+    """That after a share of the run's epochs, rounded, at least one."""
+    return run.values[max(1, round(share * (max(run.values) + 1))) - 1]
+
+
 def at_share(runs: list[Run], share: float) -> dict:
-    """Mean and deviation of the accuracy after that share of the run's epochs, rounded, at least one."""
-    return compare.spread([run.values[max(1, round(share * (max(run.values) + 1))) - 1] for run in runs])
+    """Mean and deviation of the accuracy after that share of the epochs."""
+    return compare.spread([accuracy(run, share) for run in runs])
+
+
+def differences(first: list[Run], second: list[Run], share: float) -> list[float]:
+    """How far the second is above the first after that share of the epochs, for each seed that both have."""
+    before = {run.seed: accuracy(run, share) for run in first}
+    return [accuracy(run, share) - before[run.seed] for run in second if run.seed in before]
 
 
 # ---- writing ----
@@ -126,15 +158,32 @@ def table(question: Question, found: dict[str, list[dict]], out: Path) -> str:
     return "\n".join([f"## {question.text}", "", *compare.markdown(rows), ""])
 
 
+def table_of_pairs(sections: dict[str, Section]) -> list[str]:
+    """The Markdown table of PAIRS, a row for each section that has both arms; none where none has."""
+    heads = ["data", "difference", "n", *(head for head, _ in SHARES_OF_RUN)]
+    rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for name, section in sections.items():
+        for first, second in PAIRS:
+            if first in section and second in section:
+                found = [differences(section[first], section[second], share) for _, share in SHARES_OF_RUN]
+                title = f"{ARMS[second].title} above {ARMS[first].title}"
+                cells = (compare.cell(compare.spread(each), 1, sign="+") for each in found)
+                rows.append([name, title, str(len(found[0])), *cells])
+    return ["## Pairs of the same seed", "", *compare.markdown(rows), ""] if len(rows) > 2 else []
+
+
 def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
     """How to read the tables, what the teachers reached, and what it all ran on."""
-    runs = [*teachers, *(run for section in sections.values() for runs in section.values() for run in runs)]
-    configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8")) for run in runs]
-    kinds = {
-        "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}".format(**each["environment"])
-        for each in configs
-    }
-    revisions = sorted({f"`{(each['revision'] or 'unknown')[:12]}`" for each in configs})
+    by_name = {name: [run for runs in section.values() for run in runs] for name, section in sections.items()}
+    for run in teachers:
+        by_name["/".join(run.folder.parts[-2:])] = [run]
+    kinds, revisions = defaultdict(set), set()
+    for name, runs in by_name.items():
+        for run in runs:
+            config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+            kinds[KIND.format(**config["environment"])].add(name)
+            commit, *dirty = (config["revision"] or "unknown").split("-")
+            revisions.add("`" + "-".join([commit[:12], *dirty]) + "`")
     lines = [
         "Top-1 accuracy in %, after a tenth, a third and all of the epochs: mean ± sample standard deviation over n seeds. "
         "The first row of a data set is the baseline; gains pair the seeds; the last column counts epochs to the "
@@ -144,8 +193,8 @@ def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
             f"- {link('/'.join(run.folder.parts[-2:]), run.folder, out)}: {run.last:.1f} % after {len(run.values)} epochs."
             for run in teachers
         ),
-        *(f"- Ran on: {kind}." for kind in sorted(kinds)),
-        f"- Code: {', '.join(revisions)}.",
+        *(f"- Ran on {kind}: {', '.join(sorted(names))}." for kind, names in sorted(kinds.items())),
+        f"- Code: {', '.join(sorted(revisions))}.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -166,21 +215,21 @@ def draw_curves(found: dict[str, list[dict]], path: Path) -> None:
 def draw_gains(sections: dict[str, Section], path: Path) -> None:
     """The gain of every arm over random init, a point for each pair of seeds and their mean."""
     rows = [
-        (name, summary)
+        (name, arm, gains)
         for name, section in sections.items()
-        for summary in summaries_of(section, Question("", "", "random", " ".join(list(ARMS)[1:])))[1:]
-        if summary["gain"]["n"]
+        for arm in ARMS
+        if arm != "random" and (gains := differences(section.get("random", []), section.get(arm, []), 1.0))
     ]
+    if not rows:
+        return
     figure = compare.new_figure(figsize=(9, 1.2 + 0.35 * len(rows)))
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(name for name, _ in rows))
-    for place, (name, summary) in enumerate(rows):
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    for place, (name, _, gains) in enumerate(rows):
         colour = compare.COLOURS[names.index(name) % len(compare.COLOURS)]
-        by_seed = {run.seed: run.last for run in sections[name]["random"]}
-        gains = [run["last"] - by_seed[run["seed"]] for run in summary["runs"] if run["seed"] in by_seed]
-        axes.barh(place, summary["gain"]["mean"], color=colour, alpha=0.35)
+        axes.barh(place, sum(gains) / len(gains), color=colour, alpha=0.35)
         axes.plot(gains, [place] * len(gains), "o", color=colour, ms=5)
-    labels = [f"{name}: {summary['label']} (n = {summary['gain']['n']})" for name, summary in rows]
+    labels = [f"{name}: {ARMS[arm].title} (n = {len(gains)})" for name, arm, gains in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=11)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=1)
@@ -204,8 +253,8 @@ def report(roots: list[Path], out: Path) -> str:
             draw_curves(found, out / f"curves-{question.name}.png")
     if not tables:
         raise CompareError("no run of random init and of another start yet")
-    draw_gains({name: section for name, section in sections.items() if "random" in section}, out / "gains.png")
-    text = "\n".join([*tables, notes(sections, teachers, out)])
+    draw_gains(sections, out / "gains.png")
+    text = "\n".join([*tables, *table_of_pairs(sections), notes(sections, teachers, out)])
     (out / "tables.md").write_text(text, encoding="utf-8")
     return text
 

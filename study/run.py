@@ -10,6 +10,7 @@ twice it shares the work, a run each: on two cores two calls with OMP_NUM_THREAD
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -48,12 +49,27 @@ class Place:
         return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
     def finished(self, run: Run) -> bool:
-        """Whether its log is in `results`; of a teacher, whose weights are needed, the last checkpoint too."""
+        """Whether its log is in `results`, whole."""
         log = self.results / run.name / "log.txt"
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        if not lines or json.loads(lines[-1])["epoch"] != run.epochs - 1:
+        return bool(lines) and json.loads(lines[-1])["epoch"] == run.epochs - 1
+
+    def can_teach(self, run: Run) -> bool:
+        """Whether it is finished and its weights are in `work`.
+
+        StudyError where `results` has the log of a teacher that is not the one in `work`: a new one, trained here, would
+        stand beside students of the old.
+        """
+        if not self.finished(run):
             return False
-        return not run.is_teacher or (self.work / run.checkpoint).exists()
+        logs = [folder / run.name / "log.txt" for folder in (self.work, self.results)]
+        here = (self.work / run.checkpoint).exists() and logs[0].exists()
+        if not here or logs[0].read_bytes() != logs[1].read_bytes():
+            raise StudyError(
+                f"{logs[1]} is of a {run.name} whose weights are not in --work {self.work}: more students of it cannot be "
+                f"made; choose another --results for students of a new one"
+            )
+        return True
 
     def commands(self, run: Run) -> list[list[str]]:
         """What makes the run, in the order in which it is to be run."""
@@ -108,7 +124,7 @@ class Place:
 def carry_out(runs: list[Run], place: Place) -> None:
     """Make what is missing of `runs`, in their order; what another call works on is waited for."""
     while left := [run for run in runs if not place.finished(run)]:
-        ready = (run for run in left if run.teacher is None or place.finished(run.teacher))
+        ready = (run for run in left if run.teacher is None or place.can_teach(run.teacher))
         run, lock = next(((run, lock) for run in ready if (lock := place.lock(run)) is not None), (None, None))
         if run is None:
             time.sleep(POLL_SECONDS)
@@ -170,16 +186,19 @@ def chosen(runs: list[Run], pattern: str) -> list[Run]:
 
 
 def link_data(data: Path, work: Path) -> None:
-    """Make work/data the folder of the two sets; StudyError if one is not there."""
+    """Make work/data the folder of the two sets; StudyError if one is not there, or `work` has others."""
     for name in (TEACHER_DATA, STUDENT_DATA):
         for part in ("train", "val"):
             if not (data / name / part).is_dir():
                 raise StudyError(f"--data {data}: no folder {name}/{part} in it")
     work.mkdir(parents=True, exist_ok=True)
     link = work / "data"
-    if link.resolve() != data.resolve():
-        link.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):  # another call's
         link.symlink_to(data.resolve(), target_is_directory=True)
+    if link.resolve() != data.resolve():
+        raise StudyError(
+            f"--data {data}: runs in --work {work} have images of {link.resolve()}; remove {link} to change them"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

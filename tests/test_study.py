@@ -117,6 +117,32 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkey
     assert [line["epoch"] for line in read_log(tmp_path / "results" / names[2])] == [0]
 
 
+def test_logs_of_a_teacher_are_not_replaced_by_those_of_a_new_one(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("a command was run")))
+    for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "log.txt").write_text('{"epoch": 0}\n')
+    assert run.main(call) == 0  # nothing is missing: its weights are not needed
+    (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()
+    teacher = tmp_path / "work" / "vit" / "teacher"
+    for text in (None, "of another\n"):
+        if text:
+            teacher.mkdir(parents=True)
+            (teacher / "checkpoint-0.pth").touch()
+            (teacher / "log.txt").write_text(text)
+        assert run.main(call) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "is of a vit/teacher whose weights are not in --work" in error
+
+
+def test_a_folder_of_work_keeps_its_images(call, tmp_path, capsys):
+    run.link_data(tmp_path / "images", tmp_path / "work")
+    run.link_data(tmp_path / "images", tmp_path / "work")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert run.main([*call[:2], str(tmp_path / "moved"), *call[3:]]) == 1
+    assert f"have images of {tmp_path / 'images'}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def hanging(call, tmp_path):
     """Starts the tiny study with a main.py that hangs; returns its process, and the number of the hanging one."""
@@ -234,12 +260,52 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path,
         [section, "weight selection", "3", *selected, "+9.0 ± 1.4 (2 of 3 seeds)", "3.3 ± 0.6"],
         [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
         [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
-        [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
-        [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
     ]
     assert "- [vit/teacher](vit/teacher): 7.2 % after 2 epochs." in text
     figures = {file.name for file in (tmp_path / "study").glob("*.png")}
-    assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
+    assert figures == {"curves-gain.png", "curves-elements.png", "gains.png"}
+
+
+def test_pairs_are_compared_seed_by_seed(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for arm, finals in {"random": [10, 20], "shuffled": [30, 41], "selected": [33, 43, 90]}.items():
+        for seed, final in enumerate(finals):
+            write_run(f"vit/tenth/{arm}-{seed}", [1, 2, final])
+    assert report.main([str(tmp_path / "study")]) == 0
+    (line,) = re.findall(r"^\| vit/tenth .*", capsys.readouterr().out, re.M)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    # 3 epochs: a tenth and a third are the first; 33 - 30 and 43 - 41 at the end
+    assert cells[1:] == ["weight selection above shuffled teacher", "2", "+0.0 ± 0.0", "+0.0 ± 0.0", "+2.5 ± 0.7"]
+
+
+def test_an_arm_of_two_teachers_is_refused(write_run, tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(f"vit/full/random-{seed}", [30])
+        write_run(f"vit/full/selected-{seed}", [40])
+        write_run(f"vit/full/random_slots-{seed}", [40])
+    config = tmp_path / "study" / "vit" / "full" / "selected-1" / "config.json"
+    drawn = config.parents[1] / "random_slots-1" / "config.json"
+    drawn.write_text(
+        drawn.read_text().replace('"sha256": "vit/full/random_slots"', '"sha256": "other"')
+    )  # as its draws are
+    config.write_text(config.read_text().replace('"sha256": "vit/full/selected"', '"sha256": "other"'))
+    assert report.main([str(tmp_path / "study")]) == 1
+    assert "selected-1 cannot stand together: they inherit from two teachers" in capsys.readouterr().err
+
+
+def test_machines_are_listed_with_what_ran_on_them(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run("vit/full/random-0", [30])
+    write_run("vit/full/selected-0", [40])
+    write_run("vit/teacher", [5])
+    config = tmp_path / "study" / "vit" / "teacher" / "config.json"
+    revision = "0123456789abcdef-dirty"
+    config.write_text(config.read_text().replace('"torch": "2"', '"torch": "3"').replace('"abc"', f'"{revision}"'))
+    assert report.main([str(tmp_path / "study")]) == 0
+    text = capsys.readouterr().out
+    assert "- Ran on cpu, 1 process, 2 threads, torch 2, timm 1: vit/full." in text
+    assert "- Ran on cpu, 1 process, 2 threads, torch 3, timm 1: vit/teacher." in text
+    assert "- Code: `0123456789ab-dirty`, `abc`." in text
 
 
 def test_sittings_in_several_folders_are_taken_together(write_run, tmp_path, capsys):
