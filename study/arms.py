@@ -28,16 +28,16 @@ ARMS = {
     "last_layers": Arm("last layers", "--layer_selection last"),
     "middle_layers": Arm("middle layers", "--layer_selection middle"),
     "uniform_layers": Arm("layers spread", "--layer_selection uniform"),
-    "twice_blend": Arm("teacher twice as wide", "--heads blend", teacher="twice_teacher"),
-    "twice_keep": Arm("twice as wide, whole heads", "--heads keep", teacher="twice_teacher"),
-    "wide_blend": Arm("teacher 4 times as wide", "--heads blend", teacher="wide_teacher"),
-    "wide_keep": Arm("4 times as wide, whole heads", "--heads keep", teacher="wide_teacher"),
+    "twice_blend": Arm("2x wide, 6 deep", "--heads blend", teacher="twice_teacher"),
+    "twice_keep": Arm("2x wide, 6 deep, whole heads", "--heads keep", teacher="twice_teacher"),
+    "wide_blend": Arm("4x wide, 6 deep", "--heads blend", teacher="wide_teacher"),
+    "wide_keep": Arm("4x wide, 6 deep, whole heads", "--heads keep", teacher="wide_teacher"),
 }
 SHARES = {"full": 1.0, "tenth": 0.1}  # of the student's training images
 
 
 class Model(NamedTuple):
-    """A model and how it is trained; `minutes` is what all its epochs take, with all its images."""
+    """A model and how it is trained; `minutes` is what all its epochs take, with all its images (on a CPU on one thread)."""
 
     name: str
     kwargs: str
@@ -64,7 +64,7 @@ STUDIES = {
         {
             "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
             "vit/teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 32
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 45
             ),
             # as deep as the student, so that width alone is what differs between these two
             "vit/twice_teacher": Model(
@@ -73,13 +73,13 @@ STUDIES = {
             "vit/wide_teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=256 depth=6 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 75
             ),
-            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 13),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 16),
             "convnext/teacher": Model(
                 "convnext_tiny",
                 "dims=48,96,192,384 depths=3,3,9,3",
                 "--lr 2e-3 --data_fraction 0.3",
                 20,
-                48,
+                60,
             ),
         },
         [
@@ -87,44 +87,47 @@ STUDIES = {
             ("vit", "tenth", "random selected shuffled", range(3)),
             ("convnext", "full", "random selected shuffled", range(3)),
             ("convnext", "tenth", "random selected shuffled", range(3)),
-            # the rules on little data, where what is inherited shows more
+            # the rules where what is inherited shows more, and where a run takes two minutes
             ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
             ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
             ("vit", "tenth", "wide_blend wide_keep twice_blend twice_keep", range(3)),
         ],
     ),
-    # The paper's models and recipe, but for 64 px and 100 epochs. Each row and its teacher is a piece of its own, to be
-    # chosen by --only. The minutes are guesses for one H100: none of it has been run.
+    # The paper's models and recipe, but for 64 px and 90 epochs. Each row and its teacher is a piece of its own, to be chosen
+    # by --only, with --work and --results of its own: students are compared with those of the same teacher, so `selected`
+    # is in each. The minutes are guesses for one H100: none of it has been run.
     "gpu": Study(
         "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
         "--num_workers 8",
         {
             "vit/student": Model(
-                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 17", 100, 2.5
+                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 15", 90, 2.2
             ),
             "vit/teacher": Model(
-                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 10", 100, 9
+                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 9", 90, 8
             ),
+            # a stem of patches of 2, so that the last stage sees 4 x 4 places
             "convnext/student": Model(
                 "convnext_femto",
-                "",
-                "--batch_size 1024 --lr 4e-3 --warmup_epochs 17 --drop_path 0.1 --channels_last",
-                100,
-                2.5,
+                "patch_size=2",
+                "--batch_size 1024 --lr 4e-3 --warmup_epochs 15 --drop_path 0.1 --channels_last",
+                90,
+                2.2,
             ),
             "convnext/teacher": Model(
                 "convnext_tiny",
-                "",
-                "--batch_size 1024 --lr 1e-3 --warmup_epochs 10 --drop_path 0.1 --channels_last",
-                100,
-                10,
+                "patch_size=2",
+                "--batch_size 1024 --lr 1e-3 --warmup_epochs 9 --drop_path 0.1 --channels_last",
+                90,
+                8,
             ),
         },
         [
             ("vit", "full", "random selected", range(3)),
             ("convnext", "full", "random selected", range(3)),
-            ("vit", "full", "shuffled keep", range(3)),
-            ("convnext", "full", "shuffled", range(3)),
+            ("vit", "full", "selected shuffled", range(3)),
+            ("convnext", "full", "selected shuffled", range(3)),
+            ("vit", "full", "selected keep", range(3)),
         ],
     ),
 }

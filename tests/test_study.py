@@ -48,6 +48,12 @@ def test_a_teacher_comes_before_its_students_and_each_run_once():
     assert names.index("vit/wide_teacher") < names.index("vit/tenth/wide_blend-0")
 
 
+def test_a_row_for_a_gpu_and_its_teacher_fit_into_25_minutes():
+    study = arms.STUDIES["gpu"]
+    for row in study.rows:
+        assert sum(each.minutes for each in arms.runs_of(arms.Study(study.recipe, study.models, [row]))) < 25
+
+
 def test_only_takes_the_teacher_that_is_needed():
     runs = arms.runs_of(arms.STUDIES["cpu"])
     assert [each.name for each in run.chosen(runs, "vit/tenth/wide_keep-1")] == [
