@@ -37,7 +37,7 @@ QUESTIONS = (
         "elements", "Element rules and heads", "selected", "keep consecutive random_slots random_inconsistent magnitude"
     ),
     Question("layers", "Layer rules", "selected", "last_layers middle_layers uniform_layers"),
-    Question("width", "A wider teacher", "random", "twice_blend twice_keep wide_blend wide_keep"),
+    Question("width", "A wider teacher", "selected", "keep twice_blend twice_keep wide_blend wide_keep"),
 )
 # what a question turns on beside the gain over its baseline: the second arm against the first
 PAIRS = (

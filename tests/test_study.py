@@ -266,10 +266,12 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path,
         [section, "weight selection", "3", *selected, "+9.0 ± 1.4 (2 of 3 seeds)", "3.3 ± 0.6"],
         [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
         [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
+        [section, "weight selection", "3", *selected, "–", "–"],  # noqa: RUF001
+        [section, "whole heads", "1", "10.0", "20.0", "41.0", "+1.0", "10.0"],
     ]
     assert "- [vit/teacher](vit/teacher): 7.2 % after 2 epochs." in text
     figures = {file.name for file in (tmp_path / "study").glob("*.png")}
-    assert figures == {"curves-gain.png", "curves-elements.png", "gains.png"}
+    assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
 
 
 def test_pairs_are_compared_seed_by_seed(write_run, tmp_path, capsys):
