@@ -33,7 +33,8 @@ ARMS = {
     "wide_blend": Arm("4x wide, 6 deep", "--heads blend", teacher="wide_teacher"),
     "wide_keep": Arm("4x wide, 6 deep, whole heads", "--heads keep", teacher="wide_teacher"),
 }
-SHARES = {"full": 1.0, "tenth": 0.1}  # of the student's training images
+# the share of the student's training images, and options in the place of its model's
+SHARES = {"full": (1.0, ""), "tenth": (0.1, ""), "tenth_lr4e-3": (0.1, "--lr 4e-3")}
 
 
 class Model(NamedTuple):
@@ -91,6 +92,8 @@ STUDIES = {
             ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
             ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
             ("vit", "tenth", "wide_blend wide_keep twice_blend twice_keep", range(3)),
+            # whether the gain is that of a learning rate too low for random init
+            ("vit", "tenth_lr4e-3", "random selected", range(3)),
         ],
     ),
     # The paper's models and recipe, but for 64 px and 90 epochs. Each row and its teacher is a piece of its own, to be chosen
@@ -165,12 +168,10 @@ def _in_order(study: Study) -> Iterator[Run]:
 
 
 def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
-    model, choices = study.models[f"{family}/student"], ARMS[arm]
+    model, choices, (fraction, instead) = study.models[f"{family}/student"], ARMS[arm], SHARES[share]
     name = f"{family}/{share}/{arm}-{seed}"
-    options = (
-        f"{_training(study, model, STUDENT_DATA)} --data_fraction {SHARES[share]} --seed {seed} --output_dir {name}"
-    )
-    student = Run(name, tuple(options.split()), model.epochs, model.minutes * SHARES[share] + 0.5)
+    options = f"{_training(study, model, STUDENT_DATA)} {instead} --data_fraction {fraction} --seed {seed} --output_dir {name}"
+    student = Run(name, tuple(options.split()), model.epochs, model.minutes * fraction + 0.5)
     if choices.selection is None:
         return student
     role = f"{family}/{choices.teacher}"

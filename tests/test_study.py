@@ -43,7 +43,7 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
 
 def test_a_teacher_comes_before_its_students_and_each_run_once():
     names = [each.name for each in arms.runs_of(arms.STUDIES["cpu"])]
-    assert len(names) == len(set(names)) == 4 + 4 * 9 + 3 * (5 + 3 + 4)
+    assert len(names) == len(set(names)) == 4 + 4 * 9 + 3 * (5 + 3 + 4 + 2)
     assert names.index("vit/teacher") < names.index("vit/full/selected-0")
     assert names.index("vit/wide_teacher") < names.index("vit/tenth/wide_blend-0")
 
