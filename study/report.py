@@ -175,8 +175,8 @@ def table_of_pairs(sections: dict[str, Section]) -> list[str]:
 def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
     """How to read the tables, what the teachers reached, and what it all ran on."""
     by_name = {name: [run for runs in section.values() for run in runs] for name, section in sections.items()}
-    for run in teachers:
-        by_name["/".join(run.folder.parts[-2:])] = [run]
+    for run in teachers:  # those of several folders have one name
+        by_name.setdefault("/".join(run.folder.parts[-2:]), []).append(run)
     kinds, revisions = defaultdict(set), set()
     for name, runs in by_name.items():
         for run in runs:
