@@ -1,5 +1,6 @@
 """Data sets by name: images without transforms, each set's own splits and classes."""
 
+import argparse
 import functools
 import logging
 import os
@@ -15,7 +16,8 @@ import timm.data
 import torchvision.datasets as tv
 from PIL import Image
 
-from images import Images, printable
+from images.images import Images, printable
+from training import distributed
 from utils import Stream, UserError, permutation
 
 log = logging.getLogger("images")  # not "datasets", to which Hugging Face's package adds a handler: all twice
@@ -261,3 +263,32 @@ def _huggingface_images(name: str, root: str, split: str, input_key: str | None,
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"--data_set {name}: column {label_key} for --target_key holds no class indices")
     return Images(name, labels, source=_HuggingFaceRows(reader), class_names=list(reader.class_to_idx) or None)
+
+
+def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None, int]:
+    """The images to train on and to evaluate on (None where not needed) and their number of classes."""
+
+    def load(train: bool) -> Images:
+        images = load_images(
+            options.data_set,
+            options.data_path,
+            train,
+            eval_data_path=options.eval_data_path,
+            download=distributed.is_main(),
+            split=options.train_split if train else options.val_split,
+            input_key=options.input_key,
+            target_key=options.target_key,
+        )
+        return images.skipping_bad() if options.bad_images == "skip" else images
+
+    with distributed.main_first():
+        train_images = None if options.eval else load(True)
+        val_images = None if options.disable_eval else load(False)
+    if train_images and val_images:
+        check_same_classes(train_images, val_images)
+    num_classes = (train_images or val_images).classes
+    if options.nb_classes not in (None, num_classes):
+        raise UserError(f"--nb_classes {options.nb_classes}, but --data_set {options.data_set} has {num_classes}")
+    if train_images and options.data_fraction < 1:
+        train_images = fraction(train_images, options.data_fraction, options.seed)
+    return train_images, val_images, num_classes

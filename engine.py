@@ -11,11 +11,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
-from metrics import DeviceSums, Speed, count_in_top
+from images.workers import ahead
 from optim_factory import set_schedules
+from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
+from training.meters import DeviceSums, Speed, count_in_top
 from utils import Stopped, Stream, UserError, derive_seed
-from workers import ahead
 
 log = logging.getLogger(__name__)
 

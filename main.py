@@ -1,6 +1,6 @@
 """Train a small model, from selected weights or from random ones: options, data, model, optimizer, loop, in this order."""
 
-from options import training_options, without_effect
+from options import mixes, training_options, without_effect
 
 if __name__ == "__main__":
     training_options()  # -h and usage errors answer before torch is imported
@@ -8,44 +8,43 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-import run_folder
-from assemble import (
-    fetch_once,
-    initialize,
-    load_data,
-    make_ema,
-    make_train_loader,
-    make_trainer,
-    make_val_loader,
-    make_writers,
-    pick,
-    plain,
-    set_determinism,
-)
-from checkpoint import BEST_CHECKPOINTS, find_checkpoint, save_checkpoint, save_numbered
+from datasets import load_data
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
-from feed import bad_of_all_ranks
-from images import Images
-from metrics import EpochLog, Reporter, WeightsAndBiases, summary
-from models import build_model
-from resume import (
+from images.batches import bad_of_all_ranks, make_train_loader, make_val_loader
+from images.images import Images
+from images.transforms import build_mixer
+from models.build import build_model
+from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from options import pick, plain
+from training import distributed
+from training import folder as run_folder
+from training.checkpoint import BEST_CHECKPOINTS, save_checkpoint, save_numbered
+from training.log import EpochLog, Reporter, WeightsAndBiases, make_writers, summary
+from training.signals import StopSignals
+from training.start import (
     bring_best,
     check_same_data,
     check_same_optimizer,
     check_same_settings,
     check_unused,
+    fetch_once,
+    find_checkpoint,
+    initialize,
     keep_total_batch,
     restore_weights,
 )
-from stopping import StopSignals
 from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
 
 log = logging.getLogger(__name__)
@@ -253,6 +252,58 @@ def evaluate_all(
         average = evaluate(ema.module, val_loader, precision, **settings)
         record |= {f"test_{name}_ema": value for name, value in average.items()}
     return record
+
+
+def set_determinism(wanted: bool) -> None:
+    """The same weights from the same seed on a GPU too, or the fastest kernels."""
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
+def make_ema(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3:
+    return ModelEmaV3(model, decay=options.model_ema_decay, device="cpu" if options.model_ema_force_cpu else None)
+
+
+def make_trainer(
+    options, model: nn.Module, ema, precision: Precision, num_classes: int, steps_per_epoch: int
+) -> Trainer:
+    """Loss, optimizer, schedules and the model as it is called."""
+    if mixes(options):
+        criterion = SoftTargetCrossEntropy()  # the mixer smooths the labels
+    elif options.smoothing > 0:
+        criterion = LabelSmoothingCrossEntropy(options.smoothing)
+    else:
+        criterion = nn.CrossEntropyLoss()
+    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
+    optimizer = create_optimizer(
+        groups, options.opt, lr=options.lr, momentum=options.momentum, eps=options.opt_eps, betas=options.opt_betas
+    )
+    steps = options.epochs * steps_per_epoch
+    warmup = options.warmup_steps if options.warmup_steps > 0 else options.warmup_epochs * steps_per_epoch
+    if warmup > steps:
+        raise UserError(
+            f"--warmup_steps {warmup} is longer than the run: {options.epochs} epochs of {steps_per_epoch} updates"
+        )
+    decay_end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
+    if torch.distributed.is_initialized():
+        devices = [precision.device.index] if precision.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    mixing_options = pick(options, "mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode smoothing seed")
+    return Trainer(
+        model=model,
+        criterion=criterion,
+        optimizer=optimizer,
+        precision=precision,
+        lr=cosine_schedule(options.lr, options.min_lr, steps=steps, warmup_steps=warmup),
+        weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
+        mixer=build_mixer(num_classes=num_classes, **mixing_options),
+        ema=ema,
+        compiles=options.compile,
+        save_freq=options.save_ckpt_steps if options.save_ckpt else None,
+        **pick(options, "update_freq clip_grad seed log_freq channels_last"),
+    )
 
 
 if __name__ == "__main__":

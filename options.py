@@ -5,6 +5,7 @@ Standard library only, and read before torch is imported, so that `-h` and usage
 
 import argparse
 import ast
+import json
 import re
 
 DATA_SETS = (
@@ -341,3 +342,13 @@ def _training_parser() -> argparse.ArgumentParser:
     # both spellings of the launchers, which say the same in the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
+
+
+def pick(options: argparse.Namespace, names: str) -> dict:
+    """The named options, for a function whose parameters are called like them."""
+    return {name: getattr(options, name) for name in names.split()}
+
+
+def plain(options: argparse.Namespace) -> dict:
+    """The options as JSON would give them back."""
+    return json.loads(json.dumps(vars(options), default=str))

@@ -12,15 +12,16 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import checkpoint
 import models
 import weight_selection
-import weights
 from bench.fuzz_pickles import text
 from bench.fuzz_reader import NPZ, TEACHER, flat, read_index, read_npz, read_safetensors, read_state, read_torch
-from selection import read as selection_read
 from selection.tensors import select
+from training import checkpoint
 from utils import UserError
+from weightfiles import lazy as selection_read
+from weightfiles import read
+from weightfiles.initialization import read_initialization, write_initialization
 
 NAME = "vit_tiny_patch16_224"
 STUDENT = {**TEACHER, "embed_dim": 12, "depth": 2, "num_heads": 3}
@@ -56,7 +57,7 @@ def check_finite(found: dict[str, torch.Tensor]) -> None:
 
 
 def by_read_weights(path: Path, truth: Callable) -> int:
-    found = weights.read_weights(path)
+    found = read.read_weights(path)
     return compare(found, truth())
 
 
@@ -67,7 +68,7 @@ def by_open_weights(path: Path, truth: Callable) -> int:
 
 def by_initialize(path: Path, truth: Callable) -> int:
     """As main.py takes `--initialize`: read, then copied into a model, whose head may have other classes."""
-    tensors, source = weights.read_initialization(str(path), "vit")
+    tensors, source = read_initialization(str(path), "vit")
     json.dumps(source)  # it goes into config.json and every checkpoint
     torch.save(source, io.BytesIO())
     if source["family"] not in (None, "vit"):
@@ -120,7 +121,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
         return found
 
     def pair(name: str) -> Files:
-        made = written(lambda folder: weights.write_initialization(folder / name, student, describe()))
+        made = written(lambda folder: write_initialization(folder / name, student, describe()))
         return {name: made.pop(name), **made}
 
     def index(folder: Path) -> None:

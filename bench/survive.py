@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 import main as script
-from checkpoint import numbered_checkpoints, read_checkpoint
+from training.checkpoint import numbered_checkpoints, read_checkpoint
 from utils import UserError, revision, run_script
 
 MODEL = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 --input_size 32 --drop_path 0.1"

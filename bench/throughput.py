@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 
 import datasets
-import distributed
 import engine
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
+from training import distributed
 from utils import UserError, first_line, revision
 
 RECIPE_BATCHES = {"vit_tiny": [64, 512, 1024], "convnext_femto": [128, 1024]}

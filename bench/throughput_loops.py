@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-import feed
-import loader
 import models
-import workers
-from images import Images
+from images import batches as feed
+from images import workers
+from images.images import Images
+from images.order import TrainBatches
+from images.transforms import TransformedImages, build_mixer, mean_and_std, train_transform
 from optim_factory import create_optimizer, parameter_groups
 from utils import seed_all
 
@@ -79,13 +80,11 @@ class Bench:
     def source(self, name: str) -> Iterator:
         """Batches by this way, or as the original has them, without end; their workers stand still when it returns."""
         options, size, on_cpu = self.options, self.options.input_size, self.device.type == "cpu"
-        mean, std = loader.mean_and_std(True)
-        order = loader.TrainBatches(
-            len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0
-        )
+        mean, std = mean_and_std(True)
+        order = TrainBatches(len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0)
         how = {"num_workers": options.num_workers, "pin_memory": self.device.type == "cuda"}
         if name == ORIGINAL:
-            transformed = loader.TransformedImages(self.images, loader.train_transform(size, mean, std, **RECIPE))
+            transformed = TransformedImages(self.images, train_transform(size, mean, std, **RECIPE))
             batches = DataLoader(transformed, batch_sampler=order, persistent_workers=options.num_workers > 0, **how)
         else:
             augment, cache = WAYS[name]
@@ -134,7 +133,7 @@ class Bench:
         return engine.Trainer(
             model=self.model, criterion=SoftTargetCrossEntropy(), optimizer=optimizer,
             precision=engine.Precision.choose(self.device, self.options.use_amp, self.options.amp_dtype), lr=steps,
-            weight_decay=np.full(10**6, 0.05), mixer=loader.build_mixer(num_classes=self.images.classes, seed=0, **MIXING),
+            weight_decay=np.full(10**6, 0.05), mixer=build_mixer(num_classes=self.images.classes, seed=0, **MIXING),
             log_freq=10**6, channels_last=self.channels_last,
         )  # fmt: skip
 
@@ -183,7 +182,7 @@ class Bench:
         """
         model = self.plain_model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-        mixer = loader.build_mixer(num_classes=self.images.classes, seed=0, **MIXING)
+        mixer = build_mixer(num_classes=self.images.classes, seed=0, **MIXING)
         criterion, precision = SoftTargetCrossEntropy(), self.trainer().precision
         scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scales_loss)
 

@@ -8,7 +8,7 @@ from functools import cache
 from torch import nn
 
 from utils import UserError
-from weights import shapes_of
+from weightfiles.read import shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 

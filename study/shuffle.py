@@ -15,7 +15,7 @@ from torch import Tensor
 sys.path.insert(1, str(Path(__file__).parents[1]))
 
 from utils import run_script, write_atomically
-from weights import read_weights
+from weightfiles.read import read_weights
 
 
 def shuffled(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional
 
-import image_ops
-import loader
-from augment import DeviceAugment, Step, apply
-from draws import OPERATIONS, Draws, Policy, crop_boxes, draw_layer, erase_boxes, parse_policy
+from images import image_ops
+from images.augment import DeviceAugment, Step, apply
+from images.draws import OPERATIONS, Draws, Policy, crop_boxes, draw_layer, erase_boxes, parse_policy
+from images.transforms import mean_and_std, train_transform
 from utils import UserError, seed_all
 
 RECIPE = "rand-m9-mstd0.5-inc1"
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 OPTIONS = {"input_size": 32, "mean": MEAN, "std": STD, "hflip": 0.5, "aa": RECIPE, "train_interpolation": "bicubic"}
 OPTIONS |= {"reprob": 0.25, "remode": "pixel", "recount": 1}
 GEOMETRIC = ("ShearX", "TranslateXRel", "ShearY", "TranslateYRel", "Rotate")
@@ -75,7 +75,7 @@ def timms(images, name, magnitude, sign, monkeypatch, interpolation="bicubic"):
     """The same by timm, through the transform that `--augment timm` uses."""
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda level: sign * level)
     options = {**OPTIONS, "train_interpolation": interpolation, "aa": "rand-m9-p1-mmax20-inc1", "color_jitter": None}
-    steps = loader.train_transform(**options).transforms
+    steps = train_transform(**options).transforms
     policy = next(step for step in steps if isinstance(step, auto_augment.RandAugment))
     operation = next(op for op in policy.ops if op.name == name)
     operation.magnitude = magnitude
@@ -340,7 +340,7 @@ def test_whole_pipeline_has_the_statistics_of_the_workers(input_size):
     count = 2000
     images = photographs(count)
     options = {**OPTIONS, "input_size": input_size}
-    transform = loader.train_transform(**options, color_jitter=None)
+    transform = train_transform(**options, color_jitter=None)
     seed_all(0)
     expected = torch.stack([transform(to_pil(image)) for image in images])
     augment = make(input_size=input_size)
@@ -462,7 +462,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch", [64, 256, 512])
 def test_kernels_do_not_grow_with_the_batch(batch, monkeypatch):
-    monkeypatch.setattr("augment.CPU_CHUNK", batch)  # all at once, as on a GPU
+    monkeypatch.setattr("images.augment.CPU_CHUNK", batch)  # all at once, as on a GPU
     augment, images = make(), photographs(64).repeat(batch // 64, 1, 1, 1)
     with Kernels() as kernels:
         augment(images, 0, np.arange(batch), (0, 0))

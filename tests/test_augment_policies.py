@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 
-import loader
+from images import transforms
+from images.transforms import mean_and_std
 from utils import UserError, seed_all
 
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -21,12 +22,12 @@ POLICIES = [
     *("v0", "v0r", "original", "originalr", "3a", "v0-mstd0.5", "originalr-mstd5"),
     *("augmix", "augmix-m10", "augmix-m5-w4-d2", "augmix-m10-b1", "augmix-m10-mstd0.5"),
 ]
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 OPTIONS = {"color_jitter": 0.4, "mean": MEAN, "std": STD}
 
 
 def train_transform(aa, input_size=32):
-    return loader.train_transform(
+    return transforms.train_transform(
         input_size, aa=aa, reprob=0.25, remode="pixel", recount=1, train_interpolation="bicubic", hflip=0.5, **OPTIONS
     )
 

@@ -21,14 +21,15 @@ from torchvision.datasets.folder import default_loader
 
 import datasets
 import engine
-import feed
-import loader
 import main as script
-from images import BadImage, Images
+from images import batches as feed
+from images.images import BadImage, Images
+from images.order import TrainBatches
+from images.transforms import mean_and_std
 from options import training_options
 from utils import UserError
 
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 CPU = torch.device("cpu")
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 RGB = Image.fromarray(NOISE)
@@ -279,7 +280,7 @@ WAYS = [("timm", "none"), ("timm", "ram"), ("device", "none"), ("device", "ram")
 
 
 def epoch(images, way, num_workers):
-    order = loader.TrainBatches(len(images), batch_size=5, update_freq=1, world_size=1, rank=0, seed=0)
+    order = TrainBatches(len(images), batch_size=5, update_freq=1, world_size=1, rank=0, seed=0)
     augmentation = {"hflip": 0.5, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic",
         "reprob": 0.25, "remode": "pixel", "recount": 1}  # fmt: skip
     shared = {"mean": MEAN, "std": STD, "device": CPU, "input_size": 40, "cache": way[1],
@@ -360,7 +361,7 @@ def test_marks_are_shared_with_a_worker_that_is_not_forked(damaged):
 
 def test_many_bad_images_in_a_row_are_an_error(damaged, monkeypatch):
     images = damaged[0].skipping_bad()
-    monkeypatch.setattr("images.BAD_IN_A_ROW", 2)
+    monkeypatch.setattr("images.images.BAD_IN_A_ROW", 2)
     first, last = images.describe(3), images.describe(4)
     with pytest.raises(BadImage, match="2 images one behind the other cannot be read") as error:
         images[3]

@@ -10,15 +10,16 @@ import torch
 from conftest import read_log
 from PIL import Image
 
-import cache
 import datasets
-import feed
-import loader
 import main as script
-from cache import CachedImages, Shrink, cache_images
+from images import batches as feed
+from images import cache
+from images.cache import CachedImages, Shrink, cache_images
+from images.order import TrainBatches
+from images.transforms import mean_and_std
 from utils import UserError
 
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_caches_that_make_no_sense_are_usage_errors(words, message, tiny_run, ca
 
 
 def test_device_cache_of_several_sizes_asks_for_cache_size(mixed):
-    order = loader.TrainBatches(6, batch_size=2, update_freq=1, world_size=1, rank=0, seed=0)
+    order = TrainBatches(6, batch_size=2, update_freq=1, world_size=1, rank=0, seed=0)
     augmentation = {"hflip": 0.5, "color_jitter": None, "aa": "none", "train_interpolation": "bicubic", "reprob": 0.0,
         "remode": "pixel", "recount": 1}  # fmt: skip
     with pytest.raises(UserError, match="--cache device keeps images of one size.*give --cache_size"):

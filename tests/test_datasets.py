@@ -16,10 +16,10 @@ from scipy.io import savemat
 from torch.utils.data import BatchSampler
 
 import datasets
-import loader
-from images import BadImage
+from images.images import BadImage
+from images.transforms import TransformedImages, eval_transform
+from images.workers import WorkerBatches
 from utils import UserError
-from workers import WorkerBatches
 
 
 def colour(label):
@@ -314,8 +314,8 @@ def test_hugging_face_set_decodes_in_this_process_and_in_workers(tmp_path):
     image, label = train[3]
     assert (image.mode, image.size, label, image.getpixel((0, 0))) == ("RGB", (16, 16), 3, colour(3))
 
-    eye = loader.eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
-    order, items = BatchSampler(range(5), 2, False), loader.TransformedImages(train, eye)
+    eye = eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
+    order, items = BatchSampler(range(5), 2, False), TransformedImages(train, eye)
     passes = [
         [
             (images.clone(), labels)
@@ -514,8 +514,8 @@ def test_broken_image_in_a_worker_is_the_same_one_line(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(BadImage) as here:
         images[4]
-    eye = loader.eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
-    items, order = loader.TransformedImages(images, eye), BatchSampler(range(len(images)), 3, False)
+    eye = eval_transform(16, mean=(0, 0, 0), std=(1, 1, 1))
+    items, order = TransformedImages(images, eye), BatchSampler(range(len(images)), 3, False)
     batches = WorkerBatches(items, order, (3, 16, 16), num_workers=1, pin_memory=False)
     with pytest.raises(BadImage) as there:
         list(batches)

@@ -179,7 +179,7 @@ def test_user_error_is_one_line_and_exit_code_1(tmp_path):
 
 
 def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
-    import distributed
+    from training import distributed
 
     for rank, expected in ((0, ["body", "told", "told"]), (1, ["told", "body", "told"])):
         seen = []
@@ -191,7 +191,7 @@ def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
 
 
 def test_where_rank_0_fails_first_the_others_end_without_a_word(monkeypatch):
-    import distributed
+    from training import distributed
 
     said = []
     monkeypatch.setattr(distributed, "of_all_ranks", lambda failed, **_: said.append(failed) or [True])
@@ -205,7 +205,7 @@ def test_where_rank_0_fails_first_the_others_end_without_a_word(monkeypatch):
 
 def test_only_rank_0_downloads(tiny_run, monkeypatch):
     import datasets
-    import distributed
+    from training import distributed
 
     asked, real = [], datasets.load_images
     monkeypatch.setattr(datasets, "load_images", lambda *a, **k: asked.append(k["download"]) or real(*a, **k))
@@ -216,7 +216,7 @@ def test_only_rank_0_downloads(tiny_run, monkeypatch):
 
 
 def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeypatch):
-    import distributed
+    from training import distributed
 
     monkeypatch.setattr(
         distributed,

@@ -13,13 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import engine
-import feed
-import loader
 import models
 from bench.throughput_loops import MIXING, RECIPE
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
-from metrics import DeviceSums, EpochLog, count_in_top, summary
+from images import batches as feed
+from images.order import TrainBatches
+from images.transforms import build_mixer, mean_and_std
 from optim_factory import create_optimizer
+from training.log import EpochLog, summary
+from training.meters import DeviceSums, count_in_top
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -87,7 +89,7 @@ def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     reads, real = [], DeviceSums.read
     monkeypatch.setattr(DeviceSums, "read", lambda self, **kwargs: reads.append(1) or real(self, **kwargs))
     model = tiny_model()
-    mixer = loader.build_mixer(num_classes=3, seed=0, **MIXING)
+    mixer = build_mixer(num_classes=3, seed=0, **MIXING)
     trainer = make_trainer(model, 8, dtype=dtype, update_freq=2, clip_grad=1.0, ema=ModelEmaV3(model, decay=0.9), log_freq=4,
         mixer=mixer if mixed else None)  # fmt: skip
     if mixed:
@@ -117,9 +119,9 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(name, cache, image_folde
     """The recipe augmented on the device, mixed, accumulated, averaged: two epochs of five updates, a reading each."""
     device, reads, real = torch.device(name), [], DeviceSums.read
     images = datasets.load_images("image_folder", str(image_folder), True)
-    order = loader.TrainBatches(40, batch_size=4, update_freq=2, world_size=1, rank=0, seed=0)
+    order = TrainBatches(40, batch_size=4, update_freq=2, world_size=1, rank=0, seed=0)
     workers = {"num_workers": 0, "pin_memory": name == "cuda", "yielding": False}
-    mean, std = loader.mean_and_std(True)
+    mean, std = mean_and_std(True)
     batches = feed.train_batches(
         images, order, augment="device", cache=cache, cache_size=None, input_size=40, mean=mean, std=std,
         augmentation=RECIPE, seed=0, device=device, workers=workers
@@ -131,7 +133,7 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(name, cache, image_folde
     )  # fmt: skip
     trainer = Trainer(
         model, SoftTargetCrossEntropy(), optimizer, Precision(device, torch.bfloat16), np.full(10, 1e-3), np.zeros(10), update_freq=2,
-        clip_grad=1.0, mixer=loader.build_mixer(num_classes=3, seed=0, **MIXING), ema=ModelEmaV3(model, decay=0.9), log_freq=9
+        clip_grad=1.0, mixer=build_mixer(num_classes=3, seed=0, **MIXING), ema=ModelEmaV3(model, decay=0.9), log_freq=9
     )  # fmt: skip
 
     def read(self, **kwargs):

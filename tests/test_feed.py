@@ -9,14 +9,15 @@ from conftest import read_log
 from PIL import Image
 
 import datasets
-import feed
-import loader
 import main as script
-from augment import DeviceAugment
-from cache import Shrink, cache_images
+from images import batches as feed
+from images.augment import DeviceAugment
+from images.cache import Shrink, cache_images
+from images.order import TrainBatches
+from images.transforms import mean_and_std
 from utils import UserError
 
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 PLAIN = {"hflip": 0.5, "color_jitter": None, "aa": "none", "train_interpolation": "bicubic", "reprob": 0.0,
     "remode": "pixel", "recount": 1}  # fmt: skip
 CPU = {"device": torch.device("cpu"), "workers": {"num_workers": 0, "pin_memory": False}}
@@ -39,7 +40,7 @@ def pictures(tmp_path):
 
 
 def batches(images, *, augment="device", cache="none", cache_size=None, input_size=48, augmentation=PLAIN, epoch=0):
-    order = loader.TrainBatches(len(images), batch_size=2, update_freq=2, world_size=1, rank=0, seed=0)
+    order = TrainBatches(len(images), batch_size=2, update_freq=2, world_size=1, rank=0, seed=0)
     order.set_epoch(epoch)
     passes = feed.train_batches(images, order, augment=augment, cache=cache, cache_size=cache_size, seed=0, mean=MEAN,
         std=STD, input_size=input_size, augmentation=augmentation, **CPU)  # fmt: skip
@@ -47,7 +48,7 @@ def batches(images, *, augment="device", cache="none", cache_size=None, input_si
 
 
 def _train(images, input_size):
-    order = loader.TrainBatches(len(images), batch_size=2, update_freq=1, world_size=1, rank=0, seed=0)
+    order = TrainBatches(len(images), batch_size=2, update_freq=1, world_size=1, rank=0, seed=0)
     return feed.train_batches(images, order, augment="device", cache="ram", cache_size=None, seed=0, mean=MEAN, std=STD,
         input_size=input_size, augmentation=PLAIN, **CPU)  # fmt: skip
 
@@ -157,7 +158,7 @@ def test_batches_of_pixels_know_the_chunk_that_they_are(pictures):
         keys.append((epoch, key))
         return images.float()
 
-    order = loader.TrainBatches(8, batch_size=1, update_freq=2, world_size=2, rank=1, seed=0)
+    order = TrainBatches(8, batch_size=1, update_freq=2, world_size=2, rank=1, seed=0)
     order.set_epoch(3, first_step=1)
     resident = feed.resident_on(cache_images(pictures), None, False)
     assert len(list(feed.AugmentedBatches(order, resident, augment, torch.device("cpu")))) == 2

@@ -12,18 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
-import weights
-from checkpoint import (
-    NEWER,
-    STATE,
-    find_checkpoint,
-    numbered_checkpoints,
-    read_checkpoint,
-    save_checkpoint,
-    save_numbered,
-)
+from training.checkpoint import NEWER, STATE, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
+from training.start import find_checkpoint
 from utils import UserError, write_atomically
-from weights import find_initialization, read_initialization, read_weights, write_initialization
+from weightfiles import hub
+from weightfiles.initialization import find_initialization, read_initialization, write_initialization
+from weightfiles.read import read_weights
 
 TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
 
@@ -220,11 +214,11 @@ def test_url_is_fetched_once_and_checked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", from_disk)
     for _ in range(2):
-        path = weights.fetch(f"https://example.org/w.pth#sha256={sha256}")
+        path = hub.fetch(f"https://example.org/w.pth#sha256={sha256}")
         assert torch.equal(read_weights(path)["norm.weight"], TENSORS["norm.weight"])
     assert calls == ["https://example.org/w.pth"]
     with pytest.raises(UserError, match="could not be downloaded: invalid hash value"):
-        weights.fetch(f"https://example.org/w.pth#sha256={'0' * 64}")
+        hub.fetch(f"https://example.org/w.pth#sha256={'0' * 64}")
 
 
 # ---- writing ----

@@ -12,15 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
 import weight_selection
-import weights
 from bench import fuzz, fuzz_bytes, fuzz_mutations, fuzz_pickles, fuzz_reader, fuzz_samples
 from bench.fuzz import Case
-from containers import check_pickle
-from selection.read import open_weights
+from training import checkpoint
 from utils import UserError
-from weights import read_initialization, read_weights, write_initialization
+from weightfiles.guard import check_pickle
+from weightfiles.initialization import read_initialization, write_initialization
+from weightfiles.lazy import open_weights
+from weightfiles.read import read_weights
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
@@ -49,7 +49,7 @@ def test_command_writes_its_counts_and_repeats_one_mutant(tmp_path, capsys):
 
 def only_with(monkeypatch, reader):
     """The outcome of two untouched files with `reader` in the place of read_weights."""
-    monkeypatch.setattr(weights, "read_weights", reader)
+    monkeypatch.setattr("weightfiles.read.read_weights", reader)
     monkeypatch.setattr(fuzz_mutations, "MUTATIONS", {".pth": [lambda chance, files: files]})
     return fuzz.fuzz([Case(".pth", 0, 0), Case(".pth", 1, 0)])
 

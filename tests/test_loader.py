@@ -12,17 +12,26 @@ from PIL import Image
 from torchvision import transforms
 
 import datasets
-import loader
-from images import Images
+from images.images import Images
+from images.order import TrainBatches, check_batches, shard
+from images.transforms import (
+    ToNormalizedTensor,
+    TransformedImages,
+    build_mixer,
+    eval_transform,
+    mean_and_std,
+    normalized,
+    train_transform,
+)
 from utils import UserError
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_values.json").read_text())["transforms"]
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 RESIZE_32 = "Resize(size=(32, 32), interpolation=bicubic, max_size=None, antialias=True)"
 
 
 def recipe(input_size):
-    return loader.train_transform(
+    return train_transform(
         input_size,
         color_jitter=0.4,
         aa="rand-m9-mstd0.5-inc1",
@@ -43,7 +52,7 @@ def noise(count=12, size=32):
 
 
 def training_items(seed=0, count=12):
-    return loader.TransformedImages(noise(count), recipe(32), seed)
+    return TransformedImages(noise(count), recipe(32), seed)
 
 
 def generators():
@@ -57,9 +66,9 @@ def generators():
     ("key", "transform", "added"),
     [
         ("train_224", recipe(224), []),
-        ("eval_224", loader.eval_transform(224, mean=MEAN, std=STD), []),
+        ("eval_224", eval_transform(224, mean=MEAN, std=STD), []),
         ("train_32", recipe(32), [RESIZE_32]),
-        ("eval_32", loader.eval_transform(32, mean=MEAN, std=STD), [RESIZE_32]),
+        ("eval_32", eval_transform(32, mean=MEAN, std=STD), [RESIZE_32]),
     ],
 )
 def test_printed_transforms_equal_the_originals_but_for_the_added_resize(key, transform, added):
@@ -67,7 +76,7 @@ def test_printed_transforms_equal_the_originals_but_for_the_added_resize(key, tr
     last = steps.index("ToTensor()")
     mean_and_std = [float(number) for number in re.findall(r"\d\.\d+", steps[last + 1])]
     ours = transform.transforms[last]
-    assert isinstance(ours, loader.ToNormalizedTensor)
+    assert isinstance(ours, ToNormalizedTensor)
     assert torch.cat((ours.mean, ours.std)).flatten().tolist() == pytest.approx(mean_and_std)
     assert [repr(step) for step in transform.transforms if step is not ours] == steps[:last] + steps[last + 2 :]
 
@@ -75,10 +84,10 @@ def test_printed_transforms_equal_the_originals_but_for_the_added_resize(key, tr
 def test_normalized_tensors_are_those_of_torchvision_bit_for_bit():
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3).numpy()  # each level in each channel
     steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    result = loader.ToNormalizedTensor(MEAN, STD)(Image.fromarray(levels))
+    result = ToNormalizedTensor(MEAN, STD)(Image.fromarray(levels))
     assert torch.equal(result, transforms.Compose(steps)(Image.fromarray(levels))) and result.is_contiguous()
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
-    batch = loader.normalized(torch.from_numpy(levels)[None].expand(2, -1, -1, -1), mean, std)
+    batch = normalized(torch.from_numpy(levels)[None].expand(2, -1, -1, -1), mean, std)
     assert torch.equal(batch, result.expand(2, -1, -1, -1)) and batch.is_contiguous()
 
 
@@ -86,7 +95,7 @@ def test_added_resize_leaves_32_px_images_untouched():
     image = noise(1)[0][0]
     assert recipe(32).transforms[0](image) is image
     expected = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()
-    transform = loader.eval_transform(32, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = eval_transform(32, mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.allclose(transform(image), expected, atol=1e-6)  # one float32 division apart
 
 
@@ -94,22 +103,22 @@ def test_added_resize_leaves_32_px_images_untouched():
 def test_images_of_any_size_come_out_at_32_px(stored):
     image = Image.new("RGB", stored)
     assert recipe(32)(image).shape == (3, 32, 32)
-    assert loader.eval_transform(32, mean=MEAN, std=STD)(image).shape == (3, 32, 32)
+    assert eval_transform(32, mean=MEAN, std=STD)(image).shape == (3, 32, 32)
 
 
 def test_evaluation_from_384_px_warps_the_whole_image():
-    steps = loader.eval_transform(384, mean=MEAN, std=STD).transforms
+    steps = eval_transform(384, mean=MEAN, std=STD).transforms
     assert [type(step).__name__ for step in steps] == ["Resize", "ToNormalizedTensor"]
     assert steps[0].size == (384, 384)
 
 
 def test_crop_pct_sets_the_short_side():
-    resize, crop = loader.eval_transform(224, crop_pct=0.5, mean=MEAN, std=STD).transforms[:2]
+    resize, crop = eval_transform(224, crop_pct=0.5, mean=MEAN, std=STD).transforms[:2]
     assert (resize.size, crop.size) == (448, (224, 224))
 
 
 def test_inception_constants_are_one_half():
-    assert loader.mean_and_std(False) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert mean_and_std(False) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 # --- draws of one image
@@ -127,7 +136,7 @@ def test_item_depends_on_seed_epoch_and_index_alone():
 
 def test_equal_images_at_other_indices_are_drawn_differently():
     same = Images("same", [0, 0], source=[(noise(1)[0][0],)] * 2)
-    items = loader.TransformedImages(same, recipe(32), 0)
+    items = TransformedImages(same, recipe(32), 0)
     assert not torch.equal(items[(0, 0)][0], items[(0, 1)][0])
 
 
@@ -142,7 +151,7 @@ def test_training_items_leave_the_global_generators_as_they_were():
 
 def sampler(num_images, batch_size, update_freq=1, world_size=1, rank=0, seed=0):
     shape = {"batch_size": batch_size, "update_freq": update_freq, "world_size": world_size}
-    return loader.TrainBatches(num_images, **shape, rank=rank, seed=seed)
+    return TrainBatches(num_images, **shape, rank=rank, seed=seed)
 
 
 def test_one_epoch_takes_every_image_once_but_for_the_remainder():
@@ -196,7 +205,7 @@ def test_first_step_continues_within_the_epoch():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 13])
 def test_shards_hold_every_image_exactly_once(world_size):
-    shards = [list(loader.shard(11, rank, world_size)) for rank in range(world_size)]
+    shards = [list(shard(11, rank, world_size)) for rank in range(world_size)]
     assert sorted(index for shard in shards for index in shard) == list(range(11))
     assert shards[1 % world_size][:1] == [1 % world_size]
 
@@ -242,7 +251,7 @@ def test_fraction_of_one_is_everything():
 )
 def test_update_larger_than_the_data_says_which_number_to_lower(numbers, mend):
     with pytest.raises(UserError, match=mend) as error:
-        loader.check_batches(60, *numbers)
+        check_batches(60, *numbers)
     assert f"= {numbers[0] * numbers[1] * numbers[2]} images an update, but the training set has 60" in str(error.value)
 
 
@@ -258,7 +267,7 @@ def mixer(**changes):
         "mixup_switch_prob": 0.5,
         "mixup_mode": "batch",
     }
-    return loader.build_mixer(**{**options, "smoothing": 0.1, "num_classes": 3, "seed": 0, **changes})
+    return build_mixer(**{**options, "smoothing": 0.1, "num_classes": 3, "seed": 0, **changes})
 
 
 def mixed(key, **changes):

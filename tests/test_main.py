@@ -13,7 +13,7 @@ import models
 import weight_selection
 from options import DATA_SETS, training_options
 from utils import UserError
-from weights import write_initialization
+from weightfiles.initialization import write_initialization
 
 LOG_KEYS = {  # the original's, for a run with mixup and without EMA
     "train_loss", "train_lr", "train_min_lr", "train_weight_decay", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters",
@@ -306,7 +306,7 @@ def test_cuda_without_a_gpu_is_named(tiny_run):
 
 
 def test_more_processes_than_gpus_are_named(monkeypatch):
-    import distributed
+    from training import distributed
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -316,7 +316,7 @@ def test_more_processes_than_gpus_are_named(monkeypatch):
 
 
 def test_one_gpu_for_several_processes_and_a_gpu_that_is_not_there_are_named(monkeypatch):
-    import distributed
+    from training import distributed
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--device cuda:5: the GPUs here are cuda:0 to cuda:1"):

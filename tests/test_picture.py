@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import weight_selection
-from models import DEFAULT_STUDENT
+from models.families import DEFAULT_STUDENT
 from selection import picture
 from selection.rules import Choices
 from selection.strips import MOST_NOTES, MOST_ROWS, Row, columns, count_words, headline, note_lines, panels

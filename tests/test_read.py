@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 
 import models
-from selection.hub import pretrained_file
-from selection.read import open_weights
 from utils import UserError
-from weights import read_weights
+from weightfiles.hub import pretrained_file
+from weightfiles.lazy import open_weights
+from weightfiles.read import read_weights
 
 TENSORS = {
     "norm.weight": torch.arange(6.0),

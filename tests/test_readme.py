@@ -124,7 +124,7 @@ def test_selections_of_the_readme_write_both_files(selected):
 def test_selections_in_the_tables_of_the_readme_run(words, tmp_path, monkeypatch):
     given = dict(itertools.pairwise(words))
     teacher = models.create(given.get("--pretrained_model", "vit_small_patch16_224_in21k"), {}, device="meta")
-    monkeypatch.setattr(weight_selection, "pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("selection.teacher.pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
     write_zeros(teacher, tmp_path / "teacher.safetensors")
     places = {"/path/to/weight_selection": tmp_path / "out", "/path/to/vit_base": tmp_path / "teacher"}
     written = weight_selection.main(placed(words, places))

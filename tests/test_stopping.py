@@ -14,11 +14,10 @@ import pytest
 import torch
 from conftest import assert_equal_weights, read_log, weights_of
 
-import assemble
 import main as script
-import metrics
-import run_folder
-import stopping
+from training import folder as run_folder
+from training import meters
+from training import signals as stopping
 from utils import STOPPED, Stopped, UserError, run_script
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +41,7 @@ def test_signal_saves_at_the_next_log_step_and_the_run_goes_on(number, tiny_run,
     options = ["--log_freq", "2"]
     script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="after 4 of the 5 updates of epoch 1"):
-        send_at(patch, metrics.Speed, "add", number, call=8)
+        send_at(patch, meters.Speed, "add", number, call=8)
         script.main(tiny_run(*options))
     assert handlers == [signal.getsignal(each) for each in stopping.SIGNALS]
     name = signal.Signals(number).name
@@ -70,7 +69,7 @@ def test_signal_in_an_evaluation_loses_no_update(tiny_run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_before_training_ends_at_once_and_a_batch_systems_asks_for_more(number, tiny_run, tmp_path, monkeypatch):
-    send_at(monkeypatch, assemble, "pick", number)
+    send_at(monkeypatch, script, "load_data", number)
     with pytest.raises(Stopped, match="^before the first update$"):
         script.main(tiny_run())
     # nothing tells SIGTERM from the end of a job that failed
@@ -81,7 +80,7 @@ def test_signal_before_training_ends_at_once_and_a_batch_systems_asks_for_more(n
 def test_process_that_was_asked_before_training_says_so_where_it_is_not_the_main_one(
     tiny_run, tmp_path, monkeypatch, caplog
 ):
-    send_at(monkeypatch, assemble, "pick", signal.SIGTERM)
+    send_at(monkeypatch, script, "load_data", signal.SIGTERM)
     monkeypatch.setattr(script.distributed, "is_main", lambda: False)
     monkeypatch.setattr(script.distributed, "rank", lambda: 3)
     with pytest.raises(Stopped):
@@ -106,8 +105,8 @@ def test_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
 
 def test_lock_is_of_the_process_and_gone_with_it(tiny_run, tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\nimport time, run_folder\n"
-         "with run_folder.opened(sys.argv[2]): print('held', flush=True); time.sleep(60)", ROOT, tmp_path / "run"],
+        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\nimport time\nfrom training import folder\n"
+         "with folder.opened(sys.argv[2]): print('held', flush=True); time.sleep(60)", ROOT, tmp_path / "run"],
         stdout=subprocess.PIPE, text=True
     )  # fmt: skip
     try:
@@ -148,7 +147,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_stop_of_a_run_that_saves_nothing_asks_for_no_more(tiny_run, tmp_path, monkeypatch):
-    send_at(monkeypatch, metrics.Speed, "add", signal.SIGTERM)
+    send_at(monkeypatch, meters.Speed, "add", signal.SIGTERM)
     with pytest.raises(Stopped, match="after 1 of the 5 updates of epoch 0"):
         script.main(tiny_run("--save_ckpt", "false", "--log_freq", "1"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "log.txt"}
@@ -195,8 +194,8 @@ def test_process_exits_with_75_and_its_workers_with_it(tiny_run, tmp_path):
 ])  # fmt: skip
 def test_second_signal_ends_at_once(wait):
     waits = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport time, stopping\nstopping.SAME_REQUEST = 0.2\n"
-        "with stopping.StopSignals() as stop:\n    stop.defer()\n    print('ready', flush=True)\n    " + wait
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport time\nfrom training import signals\nsignals.SAME_REQUEST = 0.2\n"
+        "with signals.StopSignals() as stop:\n    stop.defer()\n    print('ready', flush=True)\n    " + wait
     )
     run = subprocess.Popen(
         [sys.executable, "-c", waits, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""The shape of the code: which module may know which, and what goes without torch."""
+"""The shape of the code: which part may know which, how large its pieces are, and what goes without torch."""
 
 import ast
 import sys
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# a module imports only from lines above its own
-LINES = [
-    ["utils", "options", "containers"],
-    ["distributed", "models", "optim_factory", "images", "weights", "draws", "image_ops", "stopping"],
-    ["datasets", "metrics", "loader", "augment", "cache", "checkpoint", "selection", "run_folder", "workers"],
-    ["feed", "resume"],
-    ["engine"],
-    ["assemble"],
+# a script, a module or a folder imports only from levels below its own, and from itself
+LEVELS = [
+    ["utils"],
+    ["options", "models", "optim_factory", "weightfiles"],
+    ["training", "selection"],
+    ["images"],
+    ["datasets", "engine"],
     ["main", "weight_selection", "compare"],
+    ["study", "bench"],
 ]
-LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 def imported(path):
@@ -33,13 +33,13 @@ def files_of(name):
     return sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]
 
 
-def test_every_module_has_a_line():
+def test_every_module_has_a_level():
     modules = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert modules == set(LEVEL)
 
 
 @pytest.mark.parametrize("name", LEVEL)
-def test_modules_import_only_from_lines_above_their_own(name):
+def test_modules_import_only_from_levels_below_their_own(name):
     for path in files_of(name):
         for other in imported(path):
             assert other == name or LEVEL.get(other, -1) < LEVEL[name], f"{path.name} imports {other}"

@@ -20,7 +20,7 @@ import report
 import run
 import shuffle
 import weight_selection
-from weights import read_weights
+from weightfiles.read import read_weights
 
 STUDY = Path(__file__).parents[1] / "study"
 

@@ -17,12 +17,12 @@ import torch
 from conftest import assert_equal_weights, read_log, survive, weights_of
 
 import main as script
-import run_folder
 import weight_selection
-import workers
-from checkpoint import numbered_checkpoints, read_checkpoint
+from images import workers
+from training import folder as run_folder
+from training.checkpoint import numbered_checkpoints, read_checkpoint
 from utils import STOPPED, UserError
-from weights import read_initialization
+from weightfiles.initialization import read_initialization
 
 ROOT = Path(__file__).parents[1]
 

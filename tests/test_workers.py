@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler
 
-import loader
-import stopping
-import workers
-from images import Images
+from images import workers
+from images.images import Images
+from images.order import TrainBatches, shard
+from images.transforms import TransformedImages, eval_transform, mean_and_std, train_transform
+from training import signals as stopping
 from utils import UserError
 
 SHAPE = (3, 32, 32)
-MEAN, STD = loader.mean_and_std(True)
+MEAN, STD = mean_and_std(True)
 ALONE = {"num_workers": 0, "pin_memory": False}
 
 
@@ -34,19 +35,19 @@ def noise(count):
 
 
 def order(count, batch_size):
-    return loader.TrainBatches(count, batch_size=batch_size, update_freq=1, world_size=1, rank=0, seed=0)
+    return TrainBatches(count, batch_size=batch_size, update_freq=1, world_size=1, rank=0, seed=0)
 
 
 def training_batches(num_workers, **options):
     policy = {"color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "train_interpolation": "bicubic"}
-    transform = loader.train_transform(32, mean=MEAN, std=STD, reprob=0.25, remode="pixel", recount=1, **policy)
-    items = loader.TransformedImages(noise(24), transform, seed=0)
+    transform = train_transform(32, mean=MEAN, std=STD, reprob=0.25, remode="pixel", recount=1, **policy)
+    items = TransformedImages(noise(24), transform, seed=0)
     options = {"num_workers": num_workers, "pin_memory": False, "persistent": True, **options}
     return workers.WorkerBatches(items, order(24, 4), SHAPE, **options)
 
 
 def evaluation_batches(indices, batch_size, **options):
-    items = loader.TransformedImages(noise(11), loader.eval_transform(32, mean=MEAN, std=STD))
+    items = TransformedImages(noise(11), eval_transform(32, mean=MEAN, std=STD))
     return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), SHAPE, **{**ALONE, **options})
 
 
@@ -91,7 +92,7 @@ def test_batches_are_equal_whatever_the_number_of_workers(epochs):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_keeps_the_order_of_its_indices(num_workers):
-    batches = evaluation_batches(loader.shard(11, 1, 2), 2, num_workers=num_workers)
+    batches = evaluation_batches(shard(11, 1, 2), 2, num_workers=num_workers)
     images = torch.cat([images for images, _ in copied(batches)])
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
     assert torch.equal(images, torch.stack([batches.items[index][0] for index in (1, 3, 5, 7, 9)]))
@@ -99,7 +100,7 @@ def test_evaluation_keeps_the_order_of_its_indices(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_shard_without_images_gives_no_batches(num_workers):
-    assert not list(evaluation_batches(loader.shard(2, 3, 4), 2, num_workers=num_workers))
+    assert not list(evaluation_batches(shard(2, 3, 4), 2, num_workers=num_workers))
 
 
 def test_a_pass_that_was_left_early_does_not_leak_into_the_next():

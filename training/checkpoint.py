@@ -1,6 +1,5 @@
 """The training state of a run: what it holds, and its files."""
 
-import contextlib
 import io
 import logging
 import math
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from utils import UserError, write_atomically
-from weights import read_file
+from weightfiles.read import read_file
 
 log = logging.getLogger(__name__)
 
@@ -75,33 +74,6 @@ def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read")
     return None
-
-
-def find_checkpoint(
-    resume: str, output_dir: Path | None, *, file: Path | None, auto_resume: bool, training: bool
-) -> tuple[Path, dict] | None:
-    """What a run goes on from: the `file` that `--resume` names, else the newest in `output_dir`, else None.
-
-    The newest too where it is of a run that was itself started by this `--resume`: the same command goes on. Raises
-    UserError where training would mix two runs in one folder.
-    """
-    folder = numbered_checkpoints(output_dir) if output_dir else []
-    if file and folder and auto_resume and training:
-        with contextlib.suppress(UserError):  # with none that can be read, the file named is what there is
-            newest = newest_checkpoint(folder)
-            if newest[1]["options"].get("resume") == resume:
-                return newest
-    if file:
-        state = read_checkpoint(file)
-        later = [path for path in folder if position_in_name(path) > position_of(state)]
-        if later and training:
-            raise UserError(
-                f"--resume {resume} is of epoch {state['epoch']}, but --output_dir has {later[0]}: name another folder"
-            )
-        return file, state
-    if folder and not auto_resume and training:
-        raise UserError(f"--auto_resume false, but --output_dir has {folder[0]} of another run: name another folder")
-    return newest_checkpoint(folder) if auto_resume else None
 
 
 def save_numbered(folder: Path, state: dict, *, keep: int) -> None:

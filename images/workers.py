@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from stopping import leave_to_parent
+from training.signals import leave_to_parent
 from utils import UserError
 
 Batch = tuple[Tensor, Tensor]

@@ -1,5 +1,7 @@
 """The files of the weights that timm knows by name: in the caches of the hub and of torch, or downloaded."""
 
+import hashlib
+import http.client
 import re
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
-from selection.read import INDEX_SUFFIX, read_index
 from utils import UserError, first_line
+from weightfiles.lazy import INDEX_SUFFIX, read_index
 
 # the files of the hub that are looked for first, where they are not named as the .bin is
 SAFE_NAMES = {
@@ -82,4 +84,20 @@ def _from_address(address: str) -> Path:
             raise LookupError(f"{address} is not an address of https that names the beginning of its file's sha256")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256[1], progress=False)
+    return path
+
+
+def fetch(url: str) -> Path:
+    """The local copy of `https://…#sha256=<hex>`, downloaded into torch's cache unless it is there; checked either way."""
+    address, _, sha256 = url.partition("#sha256=")
+    path = (
+        Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256.lower()}{Path(urlparse(address).path).suffix or '.pth'}"
+    )
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256.lower():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # network, hash, address
+        raise UserError(f"{address} could not be downloaded: {first_line(error)}") from error
     return path

@@ -1,5 +1,7 @@
 """Going on from a checkpoint: what has to be the same, and what is taken from it."""
 
+import argparse
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -7,10 +9,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import BEST_CHECKPOINTS, position_of, read_checkpoint
-from models import check_fit
+from models.families import family_of
+from models.fit import check_fit, inherit
 from options import FREE_ON_RESUME, training_defaults
+from training import distributed
+from training.checkpoint import (
+    BEST_CHECKPOINTS,
+    newest_checkpoint,
+    numbered_checkpoints,
+    position_in_name,
+    position_of,
+    read_checkpoint,
+)
 from utils import UserError, write_atomically
+from weightfiles.hub import fetch
+from weightfiles.initialization import read_initialization
 
 log = logging.getLogger(__name__)
 
@@ -133,3 +146,54 @@ def restore_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | 
                 raise UserError(f"{path} has no moving average of the weights: leave out --model_ema")
             check_fit(saved[key], module, f"{path} does not fit --model")
             module.load_state_dict(saved[key])
+
+
+def find_checkpoint(
+    resume: str, output_dir: Path | None, *, file: Path | None, auto_resume: bool, training: bool
+) -> tuple[Path, dict] | None:
+    """What a run goes on from: the `file` that `--resume` names, else the newest in `output_dir`, else None.
+
+    The newest too where it is of a run that was itself started by this `--resume`: the same command goes on. Raises
+    UserError where training would mix two runs in one folder.
+    """
+    folder = numbered_checkpoints(output_dir) if output_dir else []
+    if file and folder and auto_resume and training:
+        with contextlib.suppress(UserError):  # with none that can be read, the file named is what there is
+            newest = newest_checkpoint(folder)
+            if newest[1]["options"].get("resume") == resume:
+                return newest
+    if file:
+        state = read_checkpoint(file)
+        later = [path for path in folder if position_in_name(path) > position_of(state)]
+        if later and training:
+            raise UserError(
+                f"--resume {resume} is of epoch {state['epoch']}, but --output_dir has {later[0]}: name another folder"
+            )
+        return file, state
+    if folder and not auto_resume and training:
+        raise UserError(f"--auto_resume false, but --output_dir has {folder[0]} of another run: name another folder")
+    return newest_checkpoint(folder) if auto_resume else None
+
+
+def fetch_once(location: str) -> Path:
+    """A file by its path, or the local copy of one at `https://…#sha256=…`, downloaded by one process."""
+    if not location.startswith("https://"):
+        return Path(location)
+    with distributed.main_first():
+        return fetch(location)
+
+
+def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
+    """Copy the weights of `--initialize` into the model; returns where they come from. UserError if they do not fit."""
+    location, family = str(fetch_once(options.initialize)), family_of(model)
+    tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
+    name = f"--initialize {source['path']}"
+    if source["family"] not in (None, family):
+        student = source["student"] if isinstance(source["student"], dict) else {}
+        made_for = student.get("model", source["family"])
+        raise UserError(f"{name} was made for {made_for}, but --model is {options.model}")
+    other_head = inherit(model, tensors, f"{name} does not fit --model {options.model}")
+    if other_head:
+        log.info("%s: %s is for other classes; the head starts from random values", name, ", ".join(other_head))
+    log.info("%s: %d tensors taken", name, len(tensors) - len(other_head))
+    return source

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import image_ops
-from draws import OPERATIONS, Draws, crop_boxes, draw_layer, erase_boxes, integers, parse_policy
+from images import image_ops
+from images.draws import OPERATIONS, Draws, crop_boxes, draw_layer, erase_boxes, integers, parse_policy
 from utils import Stream, UserError, derive_seed
 
 CPU_CHUNK = 32  # images at once there: drawing for 8 takes 4 times as long an image, the whole is about as fast

@@ -1,29 +1,23 @@
 """Files of weights, from anywhere, and initialization files, ours: read without running code, written whole or not at all."""
 
 import contextlib
-import hashlib
-import http.client
 import io
-import json
 import mmap
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlparse
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from containers import check_archive, check_content, check_old_format, check_pickle
-from utils import UserError, first_line, json_lines, write_together
+from utils import UserError, first_line
+from weightfiles.guard import check_archive, check_content, check_old_format, check_pickle
 
-INITIALIZATION_FORMAT = "weight-selection initialization 1"
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -203,107 +197,3 @@ def check_dtype(key: str, tensor: Tensor, source: str | Path) -> None:
 
 
 # ---- initialization files ----
-
-
-def check_replaceable(path: Path) -> None:
-    """UserError unless an initialization file can be written to `path` without loss: what is there is one of ours."""
-    neighbours = [path, *(path.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES if suffix != path.suffix)]
-    found = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
-    if found and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
-        raise UserError(
-            f"--output_dir: {found[0]} is there and would be lost or left without its .json: name another file"
-        )
-
-
-def write_initialization(path: Path, tensors: Mapping[str, Tensor], description: dict) -> str:
-    """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256.
-
-    Where one cannot be written both stay as they were. A crash between the two renamings leaves a pair that is refused,
-    and that a second call may replace.
-    """
-    if path.suffix == ".safetensors":
-        weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
-    else:
-        buffer = io.BytesIO()
-        torch.save(dict(tensors), buffer)
-        weights = buffer.getvalue()
-    sha256 = hashlib.sha256(weights).hexdigest()
-    text = json_lines({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, levels=3) + "\n"
-    write_together({path.with_suffix(".json"): text.encode(), path: weights})
-    return sha256
-
-
-def read_description(path: Path) -> dict | None:
-    """What the `.json` beside an initialization file says, or None if there is none of ours."""
-    file = path.with_suffix(".json")
-    try:
-        content = json.loads(file.read_text()) if file.is_file() else None  # a pipe would never end
-    except (OSError, ValueError, RecursionError):
-        return None
-    if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
-        return content
-    return None
-
-
-def find_initialization(location: str, family: str | None) -> Path:
-    """The file that `--initialize` means: itself, or the one in a folder that was made for `family`."""
-    path = Path(location)
-    if not os.path.isdir(path):  # Path's own raises for a name that is too long
-        return path
-    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-    fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
-    if len(fitting) == 1:
-        return fitting[0]
-    names = ", ".join(file.name for file in fitting or files) or "no weights at all"
-    problem = "several files" if fitting else "no file"
-    raise UserError(
-        f"--initialize {path}: the folder has {problem} made for the family {family} ({names}); name the file"
-    )
-
-
-def read_initialization(
-    location: str, family: str | None, *, model_key: str = "model|module", prefix: str = ""
-) -> tuple[dict[str, Tensor], dict]:
-    """The weights that `--initialize` names and what is known of them: path, sha256, and their `.json`'s student, teacher.
-
-    Raises UserError for a file that differs from its own description, or holds values that are not finite.
-    """
-    path = find_initialization(location, family)
-    tensors = read_weights(path, model_key, prefix)
-    check_finite(tensors, f"--initialize {path}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    description = read_description(path)
-    if description and description.get("sha256") != sha256:
-        raise UserError(
-            f"--initialize {path} is not the file that {path.stem}.json describes (sha256 differs): make it again"
-        )
-    known = {key: (description or {}).get(key) for key in ("family", "student", "teacher", "choices")}
-    if not _is_plain(known):
-        raise UserError(
-            f"--initialize {path}: {path.stem}.json holds what weight_selection.py does not write: make it again"
-        )
-    return tensors, {"path": str(path), "sha256": sha256, **known}
-
-
-def _is_plain(value: object, depth: int = 8) -> bool:
-    """Whether a value of JSON can go into a checkpoint: not nested deeply, no number beyond 64 bits."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-def fetch(url: str) -> Path:
-    """The local copy of `https://…#sha256=<hex>`, downloaded into torch's cache unless it is there; checked either way."""
-    address, _, sha256 = url.partition("#sha256=")
-    path = (
-        Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256.lower()}{Path(urlparse(address).path).suffix or '.pth'}"
-    )
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256.lower():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # network, hash, address
-        raise UserError(f"{address} could not be downloaded: {first_line(error)}") from error
-    return path

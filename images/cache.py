@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distributed import node_leader, of_all_ranks, rank
-from images import Images
-from stopping import leave_to_parent
+from images.images import Images
+from training.distributed import node_leader, of_all_ranks, rank
+from training.signals import leave_to_parent
 from utils import UserError, first_line
 
 log = logging.getLogger(__name__)

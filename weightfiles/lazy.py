@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from utils import UserError, first_line
-from weights import (
+from weightfiles.read import (
     check_file,
     check_plain,
     is_archive,

@@ -1,5 +1,6 @@
 """The ways of images to the training device: transformed in workers, or augmented there from uint8 pixels."""
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -7,17 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
-import loader
-from augment import DeviceAugment
-from cache import CachedImages, Shrink, cache_images, check_fits, free_memory
-from distributed import of_all_ranks
-from images import Images
+from images.augment import DeviceAugment
+from images.cache import CachedImages, Shrink, cache_images, check_fits, free_memory
+from images.images import Images
+from images.order import TrainBatches, check_batches, shard
+from images.transforms import TransformedImages, eval_crop, eval_transform, mean_and_std, normalized, train_transform
+from images.workers import Batch, WorkerBatches, ahead
+from options import pick
+from training import distributed
+from training.distributed import of_all_ranks
 from utils import UserError
-from workers import Batch, WorkerBatches, ahead
 
 
 def train_batches(
-    images: Images, order: loader.TrainBatches, *, augment: str, cache: str, cache_size: int | None, input_size: int,
+    images: Images, order: TrainBatches, *, augment: str, cache: str, cache_size: int | None, input_size: int,
     mean: Sequence[float], std: Sequence[float], augmentation: dict, seed: int, device: torch.device, workers: dict
 ):  # fmt: skip
     """One rank's augmented batches (float [batch, 3, S, S], class numbers [batch]), again and again, in `order`.
@@ -27,13 +31,13 @@ def train_batches(
     """
     # what is wrong with the options is said before hours of decoding
     shared = {"input_size": input_size, "mean": mean, "std": std, **augmentation}
-    transform = loader.train_transform(**shared) if augment == "timm" else None
+    transform = train_transform(**shared) if augment == "timm" else None
     on_device = DeviceAugment(**shared, seed=seed, device=device, crop=False) if augment == "device" else None
     if cache != "none":
         prepare = Shrink(cache_size, square=cache == "device") if cache_size else None
         images = cache_images(images, prepare=prepare, num_workers=workers["num_workers"])
     if augment == "timm":
-        transformed = loader.TransformedImages(images, transform, seed)
+        transformed = TransformedImages(images, transform, seed)
         return WorkerBatches(transformed, order, (3, input_size, input_size), persistent=True, **workers)
     uniform = isinstance(images, CachedImages) and images.is_uniform
     if cache == "device" and not uniform:
@@ -55,11 +59,11 @@ def eval_batches(
 ):  # fmt: skip
     """Batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; the same by every way."""
     if cache == "none":
-        transform = loader.eval_transform(input_size, mean, std, crop_pct=crop_pct)
-        transformed = loader.TransformedImages(images, transform)
+        transform = eval_transform(input_size, mean, std, crop_pct=crop_pct)
+        transformed = TransformedImages(images, transform)
         order = BatchSampler(indices, batch_size, drop_last=False)
         return WorkerBatches(transformed, order, (3, input_size, input_size), **workers)
-    crop = loader.eval_crop(input_size, crop_pct)
+    crop = eval_crop(input_size, crop_pct)
     cached = cache_images(images, prepare=crop, num_workers=workers["num_workers"])
     if cache == "ram":
         return EvaluationBatches(
@@ -121,7 +125,7 @@ class AugmentedBatches:
     draws depend on the images alone; the noise of erased boxes on (epoch, chunk).
     """
 
-    def __init__(self, batch_sampler: loader.TrainBatches, pixels, augment: Callable, device: torch.device):
+    def __init__(self, batch_sampler: TrainBatches, pixels, augment: Callable, device: torch.device):
         self.batch_sampler, self.pixels, self.augment, self.device = batch_sampler, pixels, augment, device
 
     def __len__(self) -> int:
@@ -156,7 +160,7 @@ class EvaluationBatches:
         starts = range(0, len(self.indices), self.batch_size)
         batches = (self.pixels.batch(self.indices[start : start + self.batch_size]) for start in starts)
         for images, targets in ahead(batches, self.device):
-            yield loader.normalized(images, self.mean, self.std), targets
+            yield normalized(images, self.mean, self.std), targets
 
 
 class CroppedImages(Dataset):
@@ -171,3 +175,37 @@ class CroppedImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         pixels, target = self.images.read(key[1], lambda image: self.augment.cropped(image, *key))
         return torch.from_numpy(np.array(pixels)), target
+
+
+def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device):
+    """Augmented batches of this rank, in an order derived from the seed."""
+    world = distributed.world_size()
+    check_batches(len(images), options.batch_size, options.update_freq, world)
+    order = TrainBatches(
+        len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
+    )
+    return train_batches(
+        images,
+        order,
+        augmentation=pick(options, "hflip color_jitter aa train_interpolation reprob remode recount"),
+        **pick(options, "augment cache_size seed"),
+        **data_way(options, device),
+    )
+
+
+def make_val_loader(options: argparse.Namespace, images: Images, device: torch.device):
+    """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
+    share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
+    indices, batch_size = shard(len(images), *share), int(1.5 * options.batch_size)
+    return eval_batches(images, indices, batch_size, crop_pct=options.crop_pct, **data_way(options, device))
+
+
+def data_way(options: argparse.Namespace, device: torch.device) -> dict:
+    """What training and evaluation batches have in common."""
+    mean, std = mean_and_std(options.imagenet_default_mean_and_std)
+    workers = {
+        "num_workers": options.num_workers,
+        "pin_memory": options.pin_mem and device.type == "cuda",
+        "yielding": device.type == "cpu",
+    }
+    return {"mean": mean, "std": std, "device": device, "workers": workers, **pick(options, "cache input_size")}

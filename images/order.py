@@ -1,0 +1,55 @@
+"""The order of an epoch and each rank's share of the images."""
+
+from collections.abc import Iterator
+
+from utils import Stream, UserError, permutation
+
+
+class TrainBatches:
+    """One rank's micro-batches, lists of (epoch, index), in an order that the number of processes does not change.
+
+    An epoch is one permutation from (seed, epoch). Of it an optimizer step takes batch_size * update_freq *
+    world_size images, in chunks of batch_size: micro-step m of rank r is chunk m * world_size + r. What is left at
+    the end is not used.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, update_freq: int, world_size: int, rank: int, seed: int):
+        self.num_images, self.batch_size, self.update_freq = num_images, batch_size, update_freq
+        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.steps_per_epoch = num_images // (batch_size * update_freq * world_size)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration gives this epoch, from its optimizer step `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return max(0, self.steps_per_epoch - self.first_step) * self.update_freq
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches(self.epoch, self.first_step)  # the arguments hold whatever set_epoch says meanwhile
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+        order = permutation(self.num_images, Stream.ORDER, self.seed, epoch)
+        for micro_step in range(first_step * self.update_freq, self.steps_per_epoch * self.update_freq):
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int) -> None:
+    """UserError when one update takes more images than the training set has."""
+    total = batch_size * update_freq * world_size
+    if total > num_images:
+        if batch_size > num_images:
+            mend = f"--batch_size can be {num_images} at most"
+        elif batch_size * world_size > num_images:
+            mend = f"with this --batch_size there can be {num_images // batch_size} processes at most"
+        else:
+            mend = f"--update_freq can be {num_images // (batch_size * world_size)} at most"
+        product = f"--batch_size {batch_size} x --update_freq {update_freq} x {world_size} processes"
+        raise UserError(f"{product} = {total} images an update, but the training set has {num_images}: {mend}")
+
+
+def shard(num_images: int, rank: int, world_size: int) -> range:
+    """The indices that one rank evaluates: over all ranks each image exactly once, no padding."""
+    return range(rank, num_images, world_size)

@@ -1,0 +1,35 @@
+"""Whether weights fit a model, and taking them over."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from models.families import head_prefixes
+from utils import UserError
+
+
+def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, problem: str, optional: tuple[str, ...] = ()) -> None:
+    """UserError that begins with `problem` unless `tensors` fill the model; keys that begin with `optional` may lack."""
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    given = {key: list(value.shape) for key, value in tensors.items()}
+    faults = [f"{key} is {given[key]}, not {own[key]}" for key in given if key in own and given[key] != own[key]]
+    faults += [f"{key} is missing" for key in own if key not in given and not key.startswith(optional)]
+    faults += [f"{key} is unknown" for key in given if key not in own]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{problem}: {'; '.join(faults[:3])}{more}")
+
+
+def inherit(model: nn.Module, tensors: Mapping[str, Tensor], problem: str) -> list[str]:
+    """Copy `tensors` into the model; the head may lack and keeps its own values where its shapes differ.
+
+    Returns the keys of such a head. Raises UserError that begins with `problem` and names the keys that do not fit.
+    """
+    head, own = head_prefixes(model), model.state_dict()
+    other_head = [
+        key for key in tensors if key.startswith(head) and key in own and own[key].shape != tensors[key].shape
+    ]
+    kept = {key: value for key, value in tensors.items() if key not in other_head}
+    check_fit(kept, model, problem, optional=head)
+    model.load_state_dict(kept, strict=False)
+    return other_head

@@ -1,0 +1,67 @@
+"""What a run measures: sums kept on the device, top-k counts, speed."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.distributed import all_sum
+
+
+class DeviceSums:
+    """Named running sums that stay on the device until `read`, which costs one reduction and one wait."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
+        # float64 where it exists: an epoch's sum of losses has to keep its last digits
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(len(self.names), dtype=dtype, device=device)
+
+    def add(self, *terms: Tensor) -> None:
+        """Add one 0-d tensor to each sum, in the order of the names, without a wait."""
+        self.values += torch.stack([term.detach().to(self.values.dtype) for term in terms])
+
+    def read(self, *, over_ranks: bool = True) -> dict[str, float]:
+        """The sums, over all ranks unless told otherwise; they start again at 0."""
+        values = all_sum(self.values) if over_ranks else self.values
+        result = dict(zip(self.names, values.tolist(), strict=True))
+        self.values.zero_()
+        return result
+
+
+def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Tensor]:
+    """For each k, how many rows of `logits` [batch, classes] have the class of `targets` [batch] among their k highest.
+
+    With fewer than k classes every row counts.
+    """
+    ranked = logits.topk(min(max(ks), logits.shape[1])).indices
+    hits = ranked.eq(targets[:, None])  # [batch, highest k]
+    return [hits[:, :k].sum() for k in ks]
+
+
+class Speed:
+    """Images a second over all ranks, that each add the same numbers: since the last reading, and in all."""
+
+    def __init__(self, ranks: int):
+        self.ranks, self.since = ranks, time.monotonic()
+        self.restart()
+
+    def add(self, images: int) -> None:
+        self.images, self.recent = self.images + images, self.recent + images
+
+    def restart(self) -> float:
+        """Forget all up to now; returns the seconds since the last reading."""
+        now, last = time.monotonic(), self.since
+        self.start, self.since, self.images, self.recent = now, now, 0, 0
+        return now - last
+
+    def read(self) -> float:
+        """Since the last reading."""
+        now = time.monotonic()
+        rate = self.recent * self.ranks / max(now - self.since, 1e-9)
+        self.since, self.recent = now, 0
+        return rate
+
+    def in_all(self) -> float:
+        return self.images * self.ranks / max(time.monotonic() - self.start, 1e-9)
