@@ -1,4 +1,7 @@
-"""What the recipe's augmentation draws: the distributions of timm and torchvision, for whole batches at once."""
+"""The random numbers of `--augment device`, for whole batches: the distributions of timm and torchvision.
+
+They depend on (seed, epoch, index) alone, so a resumed run draws what the uninterrupted one draws.
+"""
 
 import math
 import re
@@ -8,17 +11,19 @@ import numpy as np
 
 from utils import UserError
 
-# timm's "increasing" operations, those of one kind side by side
+# timm's "increasing" operations; the order keeps those of one kind together (point by point, affine, others)
 OPERATIONS = (
     *("Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", "BrightnessIncreasing"),
     *("ContrastIncreasing", "AutoContrast", "Equalize"),
     *("ShearX", "TranslateXRel", "ShearY", "TranslateYRel", "Rotate", "ColorIncreasing", "SharpnessIncreasing"),
 )
-TRIES = 10  # for a box that fits, before the crop falls back and the erasing is left out
+TRIES = 10  # to find a box that fits; after that a crop takes the middle of the image, and erasing erases nothing
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment, 2**64 / golden ratio
 
 
 class Policy(NamedTuple):
-    """timm's RandAugment: how many operations an image, how likely each is, and the magnitude's distribution."""
+    """timm's RandAugment: `layers` operations per image, each with a probability, and how magnitudes are drawn."""
 
     magnitude: int = 10
     layers: int = 2
@@ -28,7 +33,7 @@ class Policy(NamedTuple):
 
 
 def parse_policy(aa: str) -> Policy:
-    """The policy that timm reads from a string like rand-m9-mstd0.5-inc1; UserError for what is not offered here."""
+    """Parse a string like rand-m9-mstd0.5-inc1 as timm does; UserError for a policy that we do not offer."""
     start, *sections = aa.split("-")
     matches = [re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d.*)", section) for section in sections]
     try:
@@ -37,7 +42,8 @@ def parse_policy(aa: str) -> Policy:
         numbers = {}
         for key, text in (match.groups() for match in matches):
             number = float(text) if key in ("mstd", "p") else int(text)
-            if key not in numbers or key not in ("mstd", "mmax"):  # in timm the first of these two counts
+            # timm takes the first mstd and the first mmax, but the last of the others
+            if key not in numbers or key not in ("mstd", "mmax"):
                 numbers[key] = number
         if not numbers.get("inc"):
             raise ValueError("operations that weaken with the magnitude")
@@ -55,68 +61,71 @@ def parse_policy(aa: str) -> Policy:
 
 
 class Draws:
-    """Uniform deviates in [0, 1) for each image of a batch, from (key, index, purpose, number) by SplitMix64."""
+    """Uniform random numbers in [0, 1) for each image of a batch: SplitMix64 of (key, index, purpose, number).
+
+    A hash and not a generator: the numbers of a whole batch come at once, whatever was drawn before.
+    """
 
     def __init__(self, key: int, indices: np.ndarray):
         self.state = _scramble(np.asarray(indices).astype(np.uint64) * _GOLDEN + np.uint64(key))
 
     def uniforms(self, purpose: int, count: int) -> np.ndarray:
-        """float64 [count, batch]."""
+        """Draw `count` numbers per image, float64 [count, batch]; each `purpose` has its own."""
         numbers = np.arange(1 + 2**16 * purpose, 1 + 2**16 * purpose + count).astype(np.uint64)
         return (_scramble(self.state + numbers[:, None] * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
 def _scramble(z: np.ndarray) -> np.ndarray:
-    # the finalizer of SplitMix64 (Steele, Lea and Flood 2014)
+    # SplitMix64's finalizer (Steele, Lea and Flood 2014): each input bit changes half of the output bits
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def integers(uniform: np.ndarray, most: np.ndarray | int) -> np.ndarray:
-    """Whole numbers from 0 to `most`, equally likely."""
+    """Turn uniform numbers into whole ones from 0 to `most`, equally likely."""
     return np.floor(uniform * (most + 1))
 
 
 def crop_boxes(u: np.ndarray, height: np.ndarray | int, width: np.ndarray | int) -> tuple[np.ndarray, ...]:
-    """Top, left, height, width of random resized crops of images of these sizes, [batch] each, from deviates [22, batch].
+    """Turn uniform numbers [22, batch] into the boxes of torchvision's random resized crop: top, left, height, width.
 
-    An area of 0.08 to 1 of the image, an aspect of 3/4 to 4/3; where no try fits, the largest such box in the middle.
+    `height` and `width` are those of the images. A box has 0.08 to 1 of the image's area and an aspect of 3/4 to 4/3.
+    If no try fits into the image, it is the largest box of such an aspect in the middle.
     """
     area = (0.08 + 0.92 * u[:TRIES]) * (height * width)
     aspect = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[TRIES : 2 * TRIES])
-    across, down = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (across <= width) & (down <= height)  # [tries, batch]
-    first, found = np.argmax(fits, axis=0)[None], fits.any(axis=0)
+    box_width, box_height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (box_width <= width) & (box_height <= height)  # [tries, batch]
+    first, any_fits = np.argmax(fits, axis=0)[None], fits.any(axis=0)
     widest = np.minimum(width, np.rint(height * (4 / 3)))
     highest = np.minimum(height, np.rint(width / (3 / 4)))
-    down = np.where(found, np.take_along_axis(down, first, 0)[0], highest)
-    across = np.where(found, np.take_along_axis(across, first, 0)[0], widest)
-    top = np.where(found, integers(u[-2], height - down), (height - highest) // 2)
-    left = np.where(found, integers(u[-1], width - across), (width - widest) // 2)
-    return top, left, down, across
+    box_height = np.where(any_fits, np.take_along_axis(box_height, first, 0)[0], highest)
+    box_width = np.where(any_fits, np.take_along_axis(box_width, first, 0)[0], widest)
+    top = np.where(any_fits, integers(u[-2], height - box_height), (height - highest) // 2)
+    left = np.where(any_fits, integers(u[-1], width - box_width), (width - widest) // 2)
+    return top, left, box_height, box_width
 
 
 def erase_boxes(u: np.ndarray, share: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [batch, 4] (top, left, height, width) from deviates [22, batch], and where a try fitted.
+    """Turn uniform numbers [22, batch] into (boxes [batch, 4]: top, left, height, width; whether a try fitted [batch]).
 
-    An area of 0.02 to 1/3 of size x size, times `share` [batch]; an aspect of 0.3 to 1 / 0.3.
+    A box has 0.02 to 1/3 of the area of size x size, times `share` [batch], and an aspect of 0.3 to 1 / 0.3.
     """
     area = (0.02 + (1 / 3 - 0.02) * u[:TRIES]) * size**2 * share
     aspect = np.exp(math.log(0.3) * (1 - 2 * u[TRIES : 2 * TRIES]))
-    down, across = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (across < size) & (down < size)
+    box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (box_width < size) & (box_height < size)
     first = np.argmax(fits, axis=0)[None]
-    down, across = np.take_along_axis(down, first, 0)[0], np.take_along_axis(across, first, 0)[0]
-    boxes = np.stack((integers(u[-2], size - down), integers(u[-1], size - across), down, across), axis=1)
+    box_height, box_width = np.take_along_axis(box_height, first, 0)[0], np.take_along_axis(box_width, first, 0)[0]
+    boxes = np.stack(
+        (integers(u[-2], size - box_height), integers(u[-1], size - box_width), box_height, box_width), axis=1
+    )
     return boxes, fits.any(axis=0)
 
 
 class Layer(NamedTuple):
-    """One operation of each image: its place in OPERATIONS or behind them all for none, its magnitude, its sign."""
+    """One operation per image, [batch] each: its index in OPERATIONS (one past the last for none), magnitude, sign."""
 
     operation: np.ndarray
     magnitude: np.ndarray
@@ -124,7 +133,7 @@ class Layer(NamedTuple):
 
 
 def draw_layer(policy: Policy, u: np.ndarray) -> Layer:
-    """[batch] each, from deviates [5, batch]."""
+    """Turn uniform numbers [5, batch] into one operation per image."""
     operation = np.floor(u[0] * len(OPERATIONS)).astype(int)
     if math.isinf(policy.deviation):
         magnitude = policy.magnitude * u[2]

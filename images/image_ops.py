@@ -1,6 +1,6 @@
-"""Pillow's image operations for batches of uint8 images on any device: what it computes, as few tensor operations.
+"""Pillow's image operations for batches of uint8 images on any device, each in few tensor operations.
 
-Every function returns new tensors, waits for nothing on the host and takes arguments of its own for each image.
+Every function returns new tensors, never makes the host wait for the device, and takes separate arguments for each image.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 def _bell(distance: Tensor, cubic: Tensor | bool) -> Tensor:
-    """Weights by distance from the centre: of the cubic with a = -0.5 where `cubic`, else of the triangle."""
+    """Weigh pixels by their distance from the centre: by the cubic with a = -0.5 if `cubic`, else by a triangle."""
     x = distance
     if cubic is False:
         return (1 - x).clamp(min=0)
@@ -22,30 +22,30 @@ def _bell(distance: Tensor, cubic: Tensor | bool) -> Tensor:
 def filter_matrices(
     start: Tensor, length: Tensor, shift: Tensor, flip: Tensor, cubic: Tensor | bool, size_in: int, size_out: int
 ) -> Tensor:
-    """What each output pixel of one axis takes of each input pixel; float [batch, size_out, size_in].
+    """Make the matrices that crop, resize, shift and flip one axis: float [batch, size_out, size_in].
 
-    Pixels start .. start + length - 1 are an image of their own, resized to size_out with support widened when
-    shrinking (as Pillow does), then moved by -shift with zeros behind it, then mirrored where `flip`; all [batch].
+    Pixels start .. start + length - 1 are treated as a whole image. It is resized to size_out (when shrinking, with
+    Pillow's wider support), shifted by -shift with zeros moving in, then mirrored if `flip`. All arguments are [batch].
     """
     start, length, shift, flip = (value.view(-1, 1) for value in (start, length, shift, flip))
-    place = torch.arange(size_out, device=start.device)
-    place = torch.where(flip > 0, size_out - 1 - place, place) + shift  # [batch, size_out]
+    output = torch.arange(size_out, device=start.device)
+    output = torch.where(flip > 0, size_out - 1 - output, output) + shift  # [batch, size_out]
     scale = length / size_out
-    centre = (start + (place + 0.5) * scale).unsqueeze(2)
+    centre = (start + (output + 0.5) * scale).unsqueeze(2)
     pixel = torch.arange(size_in, device=start.device)
     if isinstance(cubic, Tensor):
         cubic = cubic.view(-1, 1, 1) > 0
     weights = _bell(((pixel + 0.5 - centre) / scale.clamp(min=1).unsqueeze(2)).abs(), cubic)
     weights = weights * ((pixel >= start) & (pixel < start + length)).unsqueeze(1)  # [batch, size_out, size_in]
-    valid = (place >= 0) & (place < size_out)
-    # the sum is at least 0.5 inside the image; 0 / 0 outside would spoil the row that has to be zero
+    valid = (output >= 0) & (output < size_out)
+    # inside the image the sum is at least 0.5; outside it is 0, and 0 / 0 would put NaN into rows that must be zero
     return weights * (valid / weights.sum(2).clamp(min=0.1)).unsqueeze(2)
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Both axes through their matrices, rounded after each as Pillow does; uint8 [batch, 3, S, S].
+    """Apply the matrices of both axes, rounding after each as Pillow does; uint8 [batch, 3, S, S].
 
-    Each row's columns first: so did Pillow until 13, which begins with the rows where they shrink the most.
+    The horizontal axis comes first, as in Pillow before 13. Pillow 13 begins with the rows if they shrink more.
     """
     batch, channels, height, width = images.shape
     size = columns.shape[1]
@@ -61,34 +61,35 @@ def _to_levels(values: Tensor) -> Tensor:
 
 
 def mirror(images: Tensor) -> Tensor:
-    """Left and right exchanged."""
+    """Flip left and right."""
     return images.flip(3)
 
 
 def blend(base: Tensor, images: Tensor, factors: Tensor) -> Tensor:
-    """From `base` (factor 0) through `images` (1) and beyond, clipped and cut to integers; uint8.
+    """Blend from `base` (factor 0) to `images` (factor 1) and beyond, clip, and cut off fractions; uint8.
 
-    One factor for each of the first axis.
+    There is one factor per entry of the first axis.
     """
     factors = factors.view(-1, *[1] * (images.dim() - 1))
     return (base + factors * (images - base)).clamp_(0, 255).to(torch.uint8)
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Pillow's mode L, [batch, H, W] float from float [batch, 3, H, W]; every step is exact below 2**24."""
+    """Convert float [batch, 3, H, W] to Pillow's mode L, float [batch, H, W]; float32 is exact up to 2**24."""
     red, green, blue = images.unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
-    """Saturation by `factors` [batch]: 0 is gray, 1 the image."""
+    """Change the saturation by `factors` [batch]: 0 gives gray, 1 the image."""
     images = images.float()
     return blend(_gray(images).unsqueeze(1), images, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Sharpness by `factors` [batch]: 0 is smoothed (5 in the middle of 3 x 3 ones; not the border), 1 the image."""
+    """Change the sharpness by `factors` [batch]: 0 gives Pillow's SMOOTH filter, which skips the border, 1 the image."""
     images = images.float()
+    # the filter is 5 in the middle of 3 x 3 ones
     total = functional.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4 * images[..., 1:-1, 1:-1]
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1] = (total / 13 + 0.5).floor_()
@@ -96,18 +97,18 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Each pixel's level replaced by the entry in its image's and channel's table; tables: uint8 [batch, 3, 256]."""
+    """Replace each level by its entry in the table of its image and channel; tables: uint8 [batch, 3, 256]."""
     count = len(images) * 3
     offsets = torch.arange(0, count * 256, 256, dtype=torch.int32, device=images.device)
-    places = images + offsets.view(-1, 3, 1, 1)
-    return tables.reshape(-1).index_select(0, places.view(-1)).view(images.shape)
+    positions = images + offsets.view(-1, 3, 1, 1)
+    return tables.reshape(-1).index_select(0, positions.view(-1)).view(images.shape)
 
 
 def point_operations(images: Tensor, tables: Tensor, contrasts: Tensor, stretched: int) -> Tensor:
-    """Operations that look at one pixel at a time, by kind along the batch.
+    """Apply the operations that map each level by itself, all through look-up tables.
 
-    First as many as `tables` has (float [.., 256], the same for all channels), then as many as `contrasts` has
-    factors, then `stretched` images to autocontrast, then the rest to equalize.
+    The batch is sorted by operation: first one image per entry of `tables` (float [.., 256], the same for all channels),
+    then one per factor in `contrasts`, then `stretched` images for autocontrast; the rest is equalized.
     """
     first, second = len(tables), len(tables) + len(contrasts)
     parts = [tables.to(torch.uint8).unsqueeze(1).expand(-1, 3, -1)]
@@ -129,17 +130,17 @@ def _contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def _histograms(images: Tensor) -> Tensor:
-    """How often each level occurs in each channel; int32 [batch, 3, 256]."""
+    """Count how often each level occurs in each channel; int32 [batch, 3, 256]."""
     count = len(images) * 3
     offsets = torch.arange(0, count * 256, 256, device=images.device)
-    places = (images + offsets.view(-1, 3, 1, 1)).view(-1)
+    positions = (images + offsets.view(-1, 3, 1, 1)).view(-1)
     one = torch.ones(1, dtype=torch.int32, device=images.device)
     counts = torch.zeros(count * 256, dtype=torch.int32, device=images.device)
-    return counts.scatter_add_(0, places, one.expand_as(places)).view(-1, 3, 256)
+    return counts.scatter_add_(0, positions, one.expand_as(positions)).view(-1, 3, 256)
 
 
 def _autocontrast_tables(counts: Tensor) -> Tensor:
-    """The darkest level that occurs becomes 0, the lightest 255; a single level stays."""
+    """Map the darkest level that occurs to 0 and the lightest to 255; a channel of one level stays as it is."""
     levels = torch.arange(256, dtype=torch.int32, device=counts.device)
     occurs = counts > 0
     high = (occurs * levels).amax(2, keepdim=True)
@@ -150,7 +151,7 @@ def _autocontrast_tables(counts: Tensor) -> Tensor:
 
 
 def _equalize_tables(counts: Tensor) -> Tensor:
-    """Pillow's equalization: the count below each level, in steps of 1/255 of all but the lightest level's pixels."""
+    """Map each level to the number of pixels below it, in steps of 1/255 of all but the lightest level's pixels."""
     levels = torch.arange(256, dtype=torch.int32, device=counts.device)
     below = counts.cumsum(2)
     lightest = counts.gather(2, ((counts > 0) * levels).amax(2, keepdim=True).long())
@@ -161,10 +162,10 @@ def _equalize_tables(counts: Tensor) -> Tensor:
 
 
 def interpolation_kernels(device: torch.device) -> dict[bool, Tensor]:
-    """Weights of the pixels around a point as polynomials in its distance d from the one before it, for `affine`.
+    """Make the kernels for `affine`: False for linear, True for cubic interpolation.
 
-    float [4, taps], by powers of d: False is the line, True the cubic with a = -1, which Image.transform and
-    Image.rotate use, unlike Image.resize.
+    A kernel, float [4, taps], has per neighbouring pixel its weight as a polynomial in d, the point's distance from the
+    pixel before it. The cubic has a = -1, as in Image.transform and Image.rotate; Image.resize has a = -0.5.
     """
     line = [[1, 0], [-1, 1], [0, 0], [0, 0]]
     cubic = [[0, 1, 0, 0], [-1, 0, 1, 0], [2, -2, 1, -1], [-1, 1, -1, 1]]
@@ -172,11 +173,12 @@ def interpolation_kernels(device: torch.device) -> dict[bool, Tensor]:
 
 
 def affine(images: Tensor, matrices: Tensor, steps: Tensor, kernel: Tensor, fill: Tensor, both_axes: bool) -> Tensor:
-    """Each pixel from where its image's matrix points, as Image.transform: pixel centres at halves; square images.
+    """Take each pixel from the point that its image's matrix maps it to, like Image.transform; square images only.
 
-    Coordinates are an axis along which points may lie between pixel centres, then one across it, where they may only
-    with `both_axes` (four times the work); matrices: [batch, 6], the first in row 0; steps: [batch, 2], from one
-    pixel to the next in each axis, 1 or the width. Points outside give `fill` [3].
+    A shear or a translation moves points along one axis only; interpolating along both costs four times as much. So
+    the first coordinate is the axis that is interpolated, and the second only with `both_axes` (a rotation). `matrices`
+    [batch, 6] give the first coordinate in row 0; `steps` [batch, 2] are the distances in memory between neighbours
+    along each coordinate, 1 or the width. Pixel centres are at halves. Points outside the image give `fill` [3].
     """
     batch, channels, size, _ = images.shape
     coefficients = matrices.view(batch, 2, 3, 1, 1)
@@ -191,27 +193,27 @@ def affine(images: Tensor, matrices: Tensor, steps: Tensor, kernel: Tensor, fill
     offsets = torch.arange(taps, device=images.device).view(-1, 1, 1) - (taps // 2 - 1)
     steps = steps.view(batch, 2, 1, 1, 1)
     axes = slice(0, 2 if both_axes else 1)
-    places = (first[:, axes].unsqueeze(2) + offsets).clamp_(0, size - 1).mul_(steps[:, axes])
+    positions = (first[:, axes].unsqueeze(2) + offsets).clamp_(0, size - 1).mul_(steps[:, axes])
     constant, linear, square, cube = kernel.view(4, taps, 1, 1).unbind()
     weights = torch.addcmul(square, d[:, axes], cube)
     weights = torch.addcmul(constant, d[:, axes], torch.addcmul(linear, d[:, axes], weights))
-    if both_axes:  # the products of both: [batch, taps * taps, size, size]
-        places = (places[:, 0].unsqueeze(1) + places[:, 1].unsqueeze(2)).flatten(1, 2)
+    if both_axes:  # all pairs of neighbours: [batch, taps * taps, size, size]
+        positions = (positions[:, 0].unsqueeze(1) + positions[:, 1].unsqueeze(2)).flatten(1, 2)
         weights = (weights[:, 0].unsqueeze(1) * weights[:, 1].unsqueeze(2)).flatten(1, 2)
     else:
-        places, weights = torch.addcmul(places[:, 0], first[:, 1:], steps[:, 1]), weights[:, 0]
-    count = places.shape[1]
-    # whole numbers below 2**24 are exact in float32
-    places = places.long().view(batch, 1, -1).expand(-1, channels, -1)
-    values = images.flatten(2).float().gather(2, places).view(batch, channels, count, size, size)
+        positions, weights = torch.addcmul(positions[:, 0], first[:, 1:], steps[:, 1]), weights[:, 0]
+    count = positions.shape[1]
+    # float32 holds these whole numbers exactly, as they are below 2**24
+    positions = positions.long().view(batch, 1, -1).expand(-1, channels, -1)
+    values = images.flatten(2).float().gather(2, positions).view(batch, channels, count, size, size)
     total = (values * weights.unsqueeze(1)).sum(2)
-    # the fraction is cut off; 1e-3 is for sums of weights a rounding error below 1, in areas of one colour
+    # fractions are cut off: without 1e-3, weights that sum to slightly less than 1 would darken areas of one colour
     total = total.add_(1e-3).clamp_(0, 255)
     return torch.where(inside, total, fill.view(3, 1, 1)).to(torch.uint8)
 
 
 def erase(images: Tensor, boxes: Tensor, content: Tensor) -> Tensor:
-    """`content`, of a shape that fits [batch, 3, H, W], inside boxes [batch, 4]: top, left, height, width."""
+    """Put `content`, broadcast to [batch, 3, H, W], inside boxes [batch, 4]: top, left, height, width."""
     top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
     row = torch.arange(images.shape[2], device=images.device).view(-1, 1)
     column = torch.arange(images.shape[3], device=images.device)
