@@ -4,73 +4,130 @@ import argparse
 import functools
 import logging
 import os
-import pickle
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import timm.data
 import torchvision.datasets as tv
 from PIL import Image
 
+from images.huggingface import load_hugging_face
 from images.images import Images, printable
+from options import DATA_SETS
 from training import distributed
 from utils import Stream, UserError, permutation
 
-log = logging.getLogger("images")  # not "datasets", to which Hugging Face's package adds a handler: all twice
+log = logging.getLogger("images")  # Hugging Face's package has a handler on "datasets", which would repeat each line
 
-# name: class, its parts for training, its part for evaluation, the number of classes where it does not name them all
-_TORCHVISION = {
-    "CIFAR10": (tv.CIFAR10, [True], False, None),
-    "CIFAR100": (tv.CIFAR100, [True], False, None),
-    "flowers": (tv.Flowers102, ["train", "val"], "test", 102),
-    "pets": (tv.OxfordIIITPet, ["trainval"], "test", 37),
-    "stl10": (tv.STL10, ["train"], "test", 10),
-    "food101": (tv.Food101, ["train"], "test", None),
-    "dtd": (tv.DTD, ["train", "val"], "test", None),
-    "svhn": (tv.SVHN, ["train"], "test", 10),
-    "fashion_mnist": (tv.FashionMNIST, [True], False, None),
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 px in grey, as torchvision would give them."""
+
+    def __init__(self, root: str, download: bool = False):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.targets, self.classes = digits.target, list("0123456789")
+        self.pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they come in levels from 0 to 16
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+class Row(NamedTuple):
+    """How to read a data set.
+
+    `make` is its class in torchvision. `train` and `evaluate` list what that class is given after `root` for the parts
+    to train on and to evaluate on; a set without parts is split by us. `classes` is needed if the class lists no names.
+    """
+
+    make: Callable
+    train: list[str | bool] | None = None
+    evaluate: list[str | bool] | None = None
+    classes: int | None = None
+
+
+TABLE = {
+    "CIFAR10": Row(tv.CIFAR10, train=[True], evaluate=[False]),
+    "CIFAR100": Row(tv.CIFAR100, train=[True], evaluate=[False]),
+    "flowers": Row(tv.Flowers102, train=["train", "val"], evaluate=["test"], classes=102),
+    "pets": Row(tv.OxfordIIITPet, train=["trainval"], evaluate=["test"], classes=37),
+    "stl10": Row(tv.STL10, train=["train"], evaluate=["test"], classes=10),
+    "food101": Row(tv.Food101, train=["train"], evaluate=["test"]),
+    "dtd": Row(tv.DTD, train=["train", "val"], evaluate=["test"]),
+    "svhn": Row(tv.SVHN, train=["train"], evaluate=["test"], classes=10),
+    "eurosat": Row(tv.EuroSAT),
+    "fashion_mnist": Row(tv.FashionMNIST, train=[True], evaluate=[False]),
+    "digits": Row(Digits),
 }
-_LIST_PATHS = (tv.Flowers102, tv.Food101, tv.DTD)  # with loader=str their items are (path, label), nothing decoded
-_FOLDERS = ("IMNET", "image_folder")
-NAMES = (*_TORCHVISION, *_FOLDERS, "eurosat", "digits", "torch/NAME", "hfds/NAME")
+FOLDERS = ("IMNET", "image_folder")
+
+
+def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None, int]:
+    """Load the images to train on and to evaluate on (None for a part that is not used) and count their classes."""
+    load = functools.partial(
+        load_images,
+        options.data_set,
+        options.data_path,
+        eval_data_path=options.eval_data_path,
+        download=distributed.is_main(),
+        input_key=options.input_key,
+        target_key=options.target_key,
+    )
+    with distributed.main_first():
+        train_images = None if options.eval else load(train=True, split=options.train_split)
+        val_images = None if options.disable_eval else load(train=False, split=options.val_split)
+    if train_images and val_images:
+        check_same_classes(train_images, val_images)
+    num_classes = (train_images or val_images).classes
+    if options.nb_classes not in (None, num_classes):
+        raise UserError(f"--nb_classes {options.nb_classes}, but --data_set {options.data_set} has {num_classes}")
+    if options.bad_images == "skip":
+        train_images, val_images = (images and images.skipping_bad() for images in (train_images, val_images))
+    if train_images and options.data_fraction < 1:
+        train_images = fraction(train_images, options.data_fraction, options.seed)
+    return train_images, val_images, num_classes
 
 
 def load_images(
-    name: str, data_path: str, train: bool, *, eval_data_path: str | None = None, download: bool = False,
-    split: str | None = None, input_key: str | None = None, target_key: str | None = None
-) -> Images:  # fmt: skip
-    """The training or the evaluation images of the set `name`; UserError for whatever is missing.
+    name: str,
+    data_path: str,
+    train: bool,
+    *,
+    eval_data_path: str | None = None,
+    download: bool = False,
+    split: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+) -> Images:
+    """Load the training or the evaluation images of the set `name`; UserError if anything is missing.
 
-    `eval_data_path` replaces `data_path` in evaluation. `split`, and for hfds/ the keys, are for timm's readers.
+    `eval_data_path` replaces `data_path` in evaluation. `split` is for torch/NAME and hfds/NAME, the keys for hfds/NAME.
     """
-    if name in _FOLDERS:
-        return _folder(name, _folder_root(data_path, train, eval_data_path))
-    if name.startswith(("hfids/", "tfds/", "wds/")):
-        raise UserError(f"--data_set {name} is a stream; exact shares and resuming need a map-style set, as hfds/ has")
-    if name not in NAMES and not name.startswith(("torch/", "hfds/")):
-        raise UserError(f"--data_set {name} is unknown; wanted one of {', '.join(NAMES)}")
+    if name in FOLDERS:
+        return _load_folder(name, _folder_root(data_path, train, eval_data_path))
+    if name not in TABLE and not name.startswith(("torch/", "hfds/")):
+        raise UserError(f"--data_set {name} is unknown; wanted one of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME")
     root = data_path if train or not eval_data_path else eval_data_path
     split = split or ("train" if train else "validation")
     with _explained(name, root, download):
-        if name.startswith("torch/"):
-            return _listed(name, [timm.data.create_dataset(name, root=root, split=split, download=download)])
         if name.startswith("hfds/"):
-            return _huggingface_images(name, root, split, input_key, target_key)
-        if name in _TORCHVISION:
-            build, train_parts, eval_part, classes = _TORCHVISION[name]
-            build = functools.partial(build, loader=str) if build in _LIST_PATHS else build
-            parts = [build(root, part, download=download) for part in (train_parts if train else [eval_part])]
-            return _listed(name, parts, classes)
-        images = _digits() if name == "digits" else _listed(name, [tv.EuroSAT(root, download=download)])
-        return images.subset(_fixed_split(len(images), train))
+            return load_hugging_face(name, root, split, input_key or "image", target_key or "label")
+        if name.startswith("torch/"):
+            return _joined(name, [timm.data.create_dataset(name, root=root, split=split, download=download)])
+        row = TABLE[name]
+        if row.train is None:
+            images = _joined(name, [row.make(root, download=download)])
+            return images.subset(_fixed_split(len(images), train))
+        parts = [row.make(root, part, download=download) for part in (row.train if train else row.evaluate)]
+        return _joined(name, parts, row.classes)
 
 
 def check_same_classes(train: Images, val: Images) -> None:
-    """UserError with the class names that only one of the two sets has."""
+    """Raise UserError with the class names that only one of the two sets has."""
     if train.class_names and val.class_names and train.class_names != val.class_names:
         only_train = _some(sorted(set(train.class_names) - set(val.class_names)))
         only_val = _some(sorted(set(val.class_names) - set(train.class_names)))
@@ -79,7 +136,7 @@ def check_same_classes(train: Images, val: Images) -> None:
 
 
 def fraction(images: Images, share: float, seed: int) -> Images:
-    """A seeded share in (0, 1]: of each class round(share * count) images, at least 1, in ascending order."""
+    """Pick a seeded share in (0, 1]: round(share * count) images of each class, at least 1, in ascending order."""
     labels, kept = images.targets(), []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -93,14 +150,14 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _fixed_split(count: int, train: bool) -> np.ndarray:
-    """Ascending indices of the 80 % for training or the 20 % for evaluation, the same whatever the run's seed."""
+    """Pick the 80 % to train on or the 20 % to evaluate on, ascending indices that do not depend on --seed."""
     order, cut = permutation(count, Stream.SPLIT), count * 4 // 5
     return np.sort(order[:cut] if train else order[cut:])
 
 
 @contextmanager
 def _explained(name: str, root: str | Path, download: bool = False, wanted: str = "INSTALL.md gives the layout"):
-    """Whatever a third party's reader raises over missing or broken data, as one line for the user."""
+    """Turn any error of a library's reader about missing or broken data into one line for the user."""
     try:
         yield
     except UserError:
@@ -116,24 +173,57 @@ def _explained(name: str, root: str | Path, download: bool = False, wanted: str 
         raise UserError(f"--data_set {name} {failed}, data path {root} ({reason}); {wanted}") from error
 
 
+# ---- sets that torchvision reads ----
+
+
+def _joined(name: str, parts: list, classes: int | None = None) -> Images:
+    """Join the parts of a torchvision set; only sets of image files can have more than one."""
+    labels, paths = zip(*map(_labels_and_paths, parts), strict=True)
+    names = getattr(parts[0], "classes", None)
+    if any(getattr(part, "classes", None) != names for part in parts):
+        raise UserError(f"--data_set {name}: its {len(parts)} training parts have different classes")
+    if names and classes and len(names) != classes:
+        names = None  # a partial copy, whose list does not name the labels
+    paths = None if paths[0] is None else [path for part in paths for path in part]
+    return Images(name, np.concatenate(labels), source=parts[0], paths=paths, class_names=names, classes=classes)
+
+
+def _labels_and_paths(dataset) -> tuple[np.ndarray, Sequence | None]:
+    """List the labels and the image files (None if there are none) of a torchvision set without decoding an image."""
+    paths = None
+    if hasattr(dataset, "loader"):
+        dataset.loader = str  # instead of the function that opens an image: each item is then (path, label)
+        items = [dataset[index] for index in range(len(dataset))]
+        paths, labels = [path for path, _ in items], [label for _, label in items]
+    elif isinstance(dataset, tv.OxfordIIITPet):  # has neither a loader nor a public list
+        paths, labels = dataset._images, dataset._labels
+    else:
+        labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    labels = np.asarray(labels, dtype=np.int64)
+    return (labels if labels.ndim == 1 else labels[:, 0]), paths  # QMNIST: the class is the first of 8 columns
+
+
+# ---- folders of images ----
+
+
 def _folder_root(data_path: str, train: bool, eval_data_path: str | None) -> Path:
     if not train:
         return Path(eval_data_path) if eval_data_path else Path(data_path, "val")
     root = Path(data_path, "train")
-    # as the original's image_folder: the path itself, where the evaluation images have a path of their own
+    # like image_folder in the paper's code: with a path for evaluation, --data_path itself may hold the classes
     return Path(data_path) if eval_data_path and not root.is_dir() and Path(data_path).is_dir() else root
 
 
-def _folder(name: str, root: Path) -> Images:
+def _load_folder(name: str, root: Path) -> Images:
     wanted = "wanted: train/CLASS/IMAGE and val/CLASS/IMAGE in --data_path, or CLASS/IMAGE in --eval_data_path"
     if not root.is_dir():
         raise UserError(f"--data_set {name}: no folder {root if root.parent.is_dir() else root.parent}; {wanted}")
     with _explained(name, root, wanted=wanted):
-        return _folder_images(name, str(root))
+        return _list_folder(name, str(root))
 
 
-def _folder_images(name: str, root: str) -> Images:
-    """What torchvision's ImageFolder lists, in its order."""
+def _list_folder(name: str, root: str) -> Images:
+    """List what torchvision's ImageFolder lists, in the same order, but warn of files that are left out."""
     endings = ", ".join(tv.folder.IMG_EXTENSIONS)
     classes, _ = tv.folder.find_classes(root)
     paths, labels, left_out = [], [], []
@@ -150,145 +240,16 @@ def _folder_images(name: str, root: str) -> Images:
     return Images(name, labels, paths=paths, class_names=classes)
 
 
-def _files(folder: str, above: tuple = ()) -> Iterator[tuple[str, str]]:
-    """(folder, name) of all files below a folder, links followed; UserError for a link that leads back up."""
+def _files(folder: str, parents: tuple = ()) -> Iterator[tuple[str, str]]:
+    """Yield (folder, name) of each file below a folder, following links; UserError for a link back to a parent."""
     status = os.stat(folder)
-    here = status.st_dev, status.st_ino
-    if here in above:
+    identity = status.st_dev, status.st_ino
+    if identity in parents:
         raise UserError(f"{printable(folder)} is a link to a folder that it is in")
     with os.scandir(folder) as entries:
         for entry in entries:
-            # of a link, is_dir would raise where it leads nowhere: such a name is a file that cannot be read
+            # is_dir() raises for a link that cannot be followed; we list it as a file, which then cannot be read
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                yield from _files(entry.path, (*above, here))
+                yield from _files(entry.path, (*parents, identity))
             else:
                 yield folder, entry.name
-
-
-def _listed(name: str, parts: list, classes: int | None = None) -> Images:
-    """One set of one or more parts by torchvision; more than one part only where files are listed."""
-    labels, paths = zip(*map(_listing, parts), strict=True)
-    names = getattr(parts[0], "classes", None)
-    if any(getattr(part, "classes", None) != names for part in parts):
-        raise UserError(f"--data_set {name}: its {len(parts)} training parts have different classes")
-    if names and classes and len(names) != classes:
-        names = None  # a partial copy, whose list does not name the labels
-    paths = None if paths[0] is None else [path for part in paths for path in part]
-    return Images(name, np.concatenate(labels), source=parts[0], paths=paths, class_names=names, classes=classes)
-
-
-def _listing(dataset) -> tuple[np.ndarray, Sequence | None]:
-    """(labels, paths or None) of a set by torchvision; no image is decoded."""
-    paths = None
-    if hasattr(dataset, "samples") or hasattr(dataset, "imgs"):
-        items = dataset.samples if hasattr(dataset, "samples") else dataset.imgs
-        paths, labels = [path for path, _ in items], [label for _, label in items]
-    elif isinstance(dataset, _LIST_PATHS):
-        items = [dataset[index] for index in range(len(dataset))]
-        paths, labels = [path for path, _ in items], [label for _, label in items]
-    elif isinstance(dataset, tv.OxfordIIITPet):  # has neither loader= nor a public list
-        paths, labels = dataset._images, dataset._labels
-    elif isinstance(dataset, tv.INaturalist):
-        labels = [category for category, _ in dataset.index]
-    else:
-        labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    labels = np.asarray(labels, dtype=np.int64)
-    return (labels if labels.ndim == 1 else labels[:, 0]), paths  # QMNIST: the class is the first of 8 columns
-
-
-def _digits() -> Images:
-    """scikit-learn's 1,797 handwritten digits: 8 x 8 pixels of 0 to 16, here grey values of 0 to 255."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return Images("digits", digits.target, source=[(Image.fromarray(p),) for p in pixels], class_names="0123456789")
-
-
-_huggingface_module: dict[str, ModuleType] = {}
-
-
-@contextmanager
-def _huggingface() -> Iterator[None]:
-    """Inside, `import datasets` means Hugging Face's package; outside, this file, which has the same name."""
-    ours, search_path = sys.modules.pop("datasets", None), list(sys.path)
-    if _huggingface_module:
-        sys.modules.update(_huggingface_module)
-    else:
-        here = Path(__file__).resolve().parent
-        sys.path[:] = [entry for entry in search_path if Path(entry).resolve() != here]
-    try:
-        yield
-        _huggingface_module["datasets"] = sys.modules["datasets"]
-    finally:
-        sys.path[:] = search_path
-        sys.modules.pop("datasets", None)
-        if ours is not None:
-            sys.modules["datasets"] = ours
-
-
-class _HuggingFaceRows:
-    """timm's reader of a Hugging Face set; every use of it, pickling too, happens inside `_huggingface()`."""
-
-    def __init__(self, reader):
-        self.reader = reader
-
-    def __getitem__(self, index: int) -> tuple[Image.Image]:
-        # not through timm's ImageDataset, which replaces an image that does not decode by its neighbour
-        with _huggingface():
-            file, _ = self.reader[index]
-        with file, Image.open(file) as image:
-            return (image.convert("RGB"),)
-
-    def __getstate__(self) -> bytes:
-        with _huggingface():
-            return pickle.dumps(self.reader)
-
-    def __setstate__(self, state: bytes) -> None:
-        with _huggingface():
-            self.reader = pickle.loads(state)
-
-
-def _huggingface_images(name: str, root: str, split: str, input_key: str | None, target_key: str | None) -> Images:
-    keys = {"input_key": input_key or "image", "target_key": target_key or "label"}
-    label_key = keys["target_key"]
-    with _huggingface():
-        reader = timm.data.create_dataset(name, root=root, split=split, **keys).reader
-        # the reader adds a column of nothing for an input_key that the set lacks
-        columns = [column for column, first in reader.dataset[:1].items() if first != [None]]
-        for option, key in keys.items():
-            if key not in columns:
-                raise UserError(f"--data_set {name} has no column {key} for --{option}; it has {', '.join(columns)}")
-        labels = np.asarray(reader.dataset.select_columns([label_key]).with_format("numpy")[:][label_key])
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"--data_set {name}: column {label_key} for --target_key holds no class indices")
-    return Images(name, labels, source=_HuggingFaceRows(reader), class_names=list(reader.class_to_idx) or None)
-
-
-def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None, int]:
-    """The images to train on and to evaluate on (None where not needed) and their number of classes."""
-
-    def load(train: bool) -> Images:
-        images = load_images(
-            options.data_set,
-            options.data_path,
-            train,
-            eval_data_path=options.eval_data_path,
-            download=distributed.is_main(),
-            split=options.train_split if train else options.val_split,
-            input_key=options.input_key,
-            target_key=options.target_key,
-        )
-        return images.skipping_bad() if options.bad_images == "skip" else images
-
-    with distributed.main_first():
-        train_images = None if options.eval else load(True)
-        val_images = None if options.disable_eval else load(False)
-    if train_images and val_images:
-        check_same_classes(train_images, val_images)
-    num_classes = (train_images or val_images).classes
-    if options.nb_classes not in (None, num_classes):
-        raise UserError(f"--nb_classes {options.nb_classes}, but --data_set {options.data_set} has {num_classes}")
-    if train_images and options.data_fraction < 1:
-        train_images = fraction(train_images, options.data_fraction, options.seed)
-    return train_images, val_images, num_classes

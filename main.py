@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import load_data
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
-from images.batches import bad_of_all_ranks, make_train_loader, make_val_loader
-from images.images import Images
+from images.batches import make_train_loader, make_val_loader
+from images.images import Images, bad_of_all_ranks
 from images.transforms import build_mixer
 from models.build import build_model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups

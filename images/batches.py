@@ -16,7 +16,6 @@ from images.transforms import TransformedImages, eval_crop, eval_transform, mean
 from images.workers import Batch, WorkerBatches, ahead
 from options import pick
 from training import distributed
-from training.distributed import of_all_ranks
 from utils import UserError
 
 
@@ -71,16 +70,6 @@ def eval_batches(
         )
     share = resident_on(cached, device, workers["pin_memory"], np.array(indices))  # a card needs its own alone
     return EvaluationBatches(share, range(len(share)), batch_size, mean, std, device)
-
-
-def bad_of_all_ranks(images: Images) -> list[int]:
-    """The images that could not be read so far, by any process, ascending; from here on each skips all of them.
-
-    The same for each number of processes and workers once an epoch, or an evaluation, is through.
-    """
-    bad = sorted(set().union(*of_all_ranks(images.bad_images())))
-    images.mark_bad(bad)
-    return bad
 
 
 def resident_on(

@@ -11,7 +11,7 @@ from PIL import Image
 import main as script
 import models
 import weight_selection
-from options import DATA_SETS, training_options
+from options import training_options
 from utils import UserError
 from weightfiles.initialization import write_initialization
 
@@ -381,12 +381,6 @@ def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
         training_options(argv)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
-
-
-def test_names_of_the_options_are_those_of_the_data_sets():
-    import datasets
-
-    assert sorted([*DATA_SETS, "torch/NAME", "hfds/NAME"]) == sorted(datasets.NAMES)
 
 
 def test_defaults_are_the_originals(reference):

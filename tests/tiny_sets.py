@@ -1,0 +1,167 @@
+"""Writers of tiny data sets, a few images each, in the format that each set has on disk."""
+
+import io
+import json
+import pickle
+import struct
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+
+def colour(label):
+    """A colour for each label of up to 102 classes, its channels all different."""
+    return 20 + 2 * label, 250 - 2 * label, 128
+
+
+def pixels(label, size):
+    """A flat picture of the label's colour, uint8 [size, size, 3]."""
+    return np.full((size, size, 3), colour(label), dtype=np.uint8)
+
+
+def write_image(path, label, size=24):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(label, size)).save(path)
+
+
+def write_text(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_cifar(folder, batches, label_key, meta, name_key, classes):
+    folder.mkdir()
+    for file, labels in batches.items():
+        rows = np.stack([pixels(label, 32).transpose(2, 0, 1).reshape(-1) for label in labels])
+        (folder / file).write_bytes(pickle.dumps({"data": rows, label_key: labels}))
+    (folder / meta).write_bytes(pickle.dumps({name_key: [f"class{n}" for n in range(classes)]}))
+
+
+def write_cifar10(root):
+    batches = {f"data_batch_{n}": [n, n + 1] for n in range(1, 6)} | {"test_batch": [9, 0, 3]}
+    write_cifar(root / "cifar-10-batches-py", batches, "labels", "batches.meta", "label_names", 10)
+
+
+def write_cifar100(root):
+    batches = {"train": [0, 99, 42, 7], "test": [5, 98]}
+    write_cifar(root / "cifar-100-python", batches, "fine_labels", "meta", "fine_label_names", 100)
+
+
+def write_flowers(root):
+    folder = root / "flowers-102"
+    labels = np.array([77, 1, 102, 50, 13, 2])  # of images 1 to 6, counted from 1
+    for number, label in enumerate(labels, 1):
+        write_image(folder / "jpg" / f"image_{number:05d}.jpg", label - 1)
+    savemat(folder / "imagelabels.mat", {"labels": labels[None]})
+    savemat(folder / "setid.mat", {"trnid": [[4, 1]], "valid": [[2, 6]], "tstid": [[3, 5]]})
+
+
+def write_pets(root):
+    folder = root / "oxford-iiit-pet"
+    lines = {"trainval": ["Abyssinian_1 1 1 1", "yorkshire_terrier_12 37 2 25"], "test": ["american_bulldog_3 2 2 1"]}
+    for part, rows in lines.items():
+        write_text(folder / "annotations" / f"{part}.txt", rows)
+        for row in rows:
+            name, label, _, _ = row.split()
+            write_image(folder / "images" / f"{name}.jpg", int(label) - 1)
+
+
+def write_stl10(root):
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    for part, labels in {"train": [0, 9, 4], "test": [2, 1]}.items():
+        planes = [pixels(label, 96).transpose(2, 1, 0) for label in labels]  # column by column
+        np.stack(planes).tofile(folder / f"{part}_X.bin")
+        (np.array(labels, dtype=np.uint8) + 1).tofile(folder / f"{part}_y.bin")
+    (folder / "unlabeled_X.bin").touch()
+    write_text(folder / "class_names.txt", [f"thing{n}" for n in range(10)])
+
+
+def write_food101(root):
+    folder = root / "food-101"
+    listing = {"train": {"beignets": ["beignets/7"], "apple_pie": ["apple_pie/1", "apple_pie/2"]}}
+    listing["test"] = {"apple_pie": ["apple_pie/3"], "beignets": ["beignets/8"]}
+    for part, classes in listing.items():
+        write_text(folder / "meta" / f"{part}.json", [json.dumps(classes)])
+        for name, files in classes.items():
+            for file in files:
+                write_image(folder / "images" / f"{file}.jpg", sorted(classes).index(name))
+
+
+def write_dtd(root):
+    folder = root / "dtd" / "dtd"
+    for number, part in enumerate(("train", "val", "test")):
+        names = [f"{texture}/{texture}_{number:04d}.jpg" for texture in ("banded", "woven")]
+        write_text(folder / "labels" / f"{part}1.txt", names)
+        for label, name in enumerate(names):
+            write_image(folder / "images" / name, label)
+
+
+def write_svhn(root):
+    for part, labels in {"train": [1, 0, 9], "test": [0, 5]}.items():
+        stack = np.stack([pixels(label, 32) for label in labels], axis=-1)  # [32, 32, 3, N]
+        marks = np.array([[label or 10] for label in labels], dtype=np.uint8)  # a 0 is written as 10
+        savemat(root / f"{part}_32x32.mat", {"X": stack, "y": marks})
+
+
+def write_idx(path, array):
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_fashion_mnist(root, folder="FashionMNIST"):
+    folder = root / folder / "raw"
+    folder.mkdir(parents=True)
+    for part, labels in {"train": [3, 0, 9, 1], "t10k": [7, 2]}.items():
+        grey = np.stack([np.full((28, 28), 10 * label, dtype=np.uint8) for label in labels])
+        write_idx(folder / f"{part}-images-idx3-ubyte", grey)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.array(labels, dtype=np.uint8))
+
+
+def write_folder(root, counts=None):
+    for part, count in (counts or {"train": 3, "val": 2}).items():
+        for label, name in enumerate(("cat", "dog")):
+            for number in range(count):
+                write_image(root / part / name / f"{number}.png", label)
+
+
+def write_parquet(folder, label_column="label", broken=()):
+    """Five images, labels 0 to 4, in a table as Hugging Face's sets have them; of `broken` only 20 bytes are kept."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True)
+    encoded = []
+    for label in range(5):
+        stream = io.BytesIO()
+        Image.fromarray(pixels(label, 16)).save(stream, "PNG")
+        encoded.append({"bytes": stream.getvalue()[: 20 if label in broken else None], "path": None})
+    labels = {"names": ["a", "b", "c", "d", "e"], "_type": "ClassLabel"}
+    info = {"info": {"features": {"image": {"_type": "Image"}, label_column: labels}}}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), (label_column, pa.int64())], metadata={"huggingface": json.dumps(info)})
+    table = pa.Table.from_pydict({"image": encoded, label_column: list(range(5))}, schema=schema)
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    pq.write_table(table.slice(0, 2), folder / "validation-00000-of-00001.parquet")
+
+
+def write_eurosat(root):
+    for label, name in enumerate(("AnnualCrop", "Forest")):
+        for number in range(10):
+            write_image(root / "eurosat" / "2750" / name / f"{name}_{number}.jpg", label)
+
+
+# name: writer, training labels, evaluation labels, number of classes, size of an image
+FORMATS = {
+    "CIFAR10": (write_cifar10, [1, 2, 2, 3, 3, 4, 4, 5, 5, 6], [9, 0, 3], 10, 32),
+    "CIFAR100": (write_cifar100, [0, 99, 42, 7], [5, 98], 100, 32),
+    "flowers": (write_flowers, [49, 76, 0, 1], [101, 12], 102, 24),  # train, then val
+    "pets": (write_pets, [0, 36], [1], 37, 24),
+    "stl10": (write_stl10, [0, 9, 4], [2, 1], 10, 96),
+    "food101": (write_food101, [1, 0, 0], [0, 1], 2, 24),
+    "dtd": (write_dtd, [0, 1, 0, 1], [0, 1], 2, 24),  # train, then val
+    "svhn": (write_svhn, [1, 0, 9], [0, 5], 10, 32),
+    "image_folder": (write_folder, [0, 0, 0, 1, 1, 1], [0, 0, 1, 1], 2, 24),
+    "IMNET": (write_folder, [0, 0, 0, 1, 1, 1], [0, 0, 1, 1], 2, 24),
+}
