@@ -1,6 +1,6 @@
-"""Compares finished runs of main.py: groups them by their settings, prints a table over seeds, draws the curves.
+"""Compare finished runs of main.py: group them by their settings, print a table over seeds, draw the curves.
 
-Standard library only, so that it answers at once and runs where no torch is; matplotlib for --plot alone.
+Standard library only, so that it answers at once and runs without torch. --plot needs matplotlib.
 """
 
 import argparse
@@ -8,116 +8,27 @@ import json
 import sys
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from options import FREE_ON_RESUME
+from training.finished import Run, find_runs, read_runs, warn
+from utils import UserError, run_script
 
-# The palette of Okabe and Ito, which stays apart in the common kinds of colour blindness; yellow left out (too pale).
+# Okabe and Ito's palette, whose colours stay apart for the colour-blind; without its yellow, which is too pale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 DASH = "–"  # noqa: RUF001
 MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction")
 
 
-class CompareError(Exception):
-    """What cannot be compared, and why, in one line."""
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    seed: int
-    settings: dict[str, str]  # "initialize" is the sha256 of the file, "" for random values
-    initialize_path: str
-    values: dict[int, float]  # the metric by epoch, counted from 0
-    last: float
-
-
-def warn(message: str) -> None:
-    print(f"compare.py: warning: {message}", file=sys.stderr)
-
-
-# ---- reading ----
-
-
-def find_runs(paths: list[Path]) -> list[Path]:
-    """The folders at or below `paths` that hold a config.json or a log.txt, each once."""
-    found: dict[Path, Path] = {}
-    for path in paths:
-        folders = sorted({file.parent for name in ("config.json", "log.txt") for file in path.rglob(name)})
-        if not folders:
-            raise CompareError(f"{path}: no run in it or below it, expected a folder with config.json and log.txt")
-        for folder in folders:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
-
-
-def read_run(folder: Path, metric: str) -> Run:
-    """The finished run in `folder`; CompareError says why there is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
-        # a value that was not finite is null
-        values = {record["epoch"]: record[metric] for record in records if record.get(metric) is not None}
-        initialization = config["initialization"] or {"sha256": "", "path": ""}
-        settings = settings_of(config["options"], config["environment"]["processes"], initialization["sha256"])
-        epochs, seed = config["options"]["epochs"], config["options"]["seed"]
-    except OSError as error:
-        raise CompareError(f"{Path(error.filename).name}: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CompareError(f"config.json or log.txt is damaged ({type(error).__name__}: {error})") from error
-    if records and not values:
-        raise CompareError(f"no {metric} in log.txt, which has {', '.join(sorted(records[-1]))}")
-    if epochs - 1 not in values:
-        raise CompareError(f"unfinished, {len(values)} of {epochs} epochs have {metric}")
-    return Run(folder, seed, settings, initialization["path"], values, last=values[epochs - 1])
-
-
-def settings_of(options: dict, processes: int, sha256: str) -> dict[str, str]:
-    """Everything that can change the result, the seed apart, as text by name.
-
-    An initialization counts by its content, the batch by the images of an update, folders of images by their names.
-    """
-    counted_otherwise = {"seed", "batch_size", "update_freq"}
-    settings = {
-        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True).replace('"', "")
-        for name, value in options.items()
-        if name not in FREE_ON_RESUME | counted_otherwise
-    }
-    settings["images_per_update"] = str(options["batch_size"] * options["update_freq"] * processes)
-    settings["initialize"] = sha256
-    for name in ("data_path", "eval_data_path"):
-        if options["data_set"] in ("image_folder", "IMNET") and options[name]:
-            settings[name] = Path(options[name]).name
-    return settings
-
-
-def read_runs(folders: list[Path], metric: str) -> list[Run]:
-    """The runs that can be compared; a warning names each of the others and why."""
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(read_run(folder, metric))
-        except CompareError as reason:
-            warn(f"{folder} is left out: {reason}")
-    if not runs:
-        raise CompareError(f"no finished run with {metric} is left to compare")
-    return runs
-
-
-# ---- grouping ----
-
-
 def group_runs(runs: list[Run], ignore: list[str]) -> dict[str, list[Run]]:
-    """Runs of equal settings by what tells their settings from the others'; of a repeated seed the first run counts."""
+    """Group runs of equal settings, by a label that shows what differs. Of a repeated seed the first run counts."""
     known = sorted({name for run in runs for name in run.settings})
     for name in ignore:
         if name not in known:
-            raise CompareError(f"--ignore {name}: no such setting; the settings are {', '.join(known)}")
+            raise UserError(f"--ignore {name}: no such setting; the settings are {', '.join(known)}")
     files = initialization_names(runs)
-    if "initialize" in ignore:  # random or not remains a difference, or the baseline would be lost
+    if "initialize" in ignore:  # but keep random init apart from the rest, or there would be no baseline
         files = {sha256: "any" if sha256 else "" for sha256 in files}
     by_settings: dict[tuple, dict[int, Run]] = defaultdict(dict)
     for run in runs:
@@ -131,17 +42,17 @@ def group_runs(runs: list[Run], ignore: list[str]) -> dict[str, list[Run]]:
 
 
 def initialization_names(runs: list[Run]) -> dict[str, str]:
-    """{sha256: the file's name}, with its folder or some of the sha256 where names alone are not distinct."""
+    """Return {sha256: file name}, with the file's folder or part of the sha256 if names alone are not distinct."""
     paths = {run.settings["initialize"]: Path(run.initialize_path) for run in reversed(runs)}
-    choices = (
-        {sha256: text.format(path, sha256) for sha256, path in paths.items()}
-        for text in ("{0.name}", "{0.parent.name}/{0.name}", "{0.name} ({1:.8})")
-    )
-    return next(names for names in choices if len(set(names.values())) == len(names)) | {"": ""}
+    for style in ("{0.name}", "{0.parent.name}/{0.name}", "{0.name} ({1:.8})"):
+        names = {sha256: style.format(path, sha256) for sha256, path in paths.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names | {"": ""}
 
 
 def label(settings: list[dict[str, str]]) -> list[str]:
-    """A label for each of `settings`, made of what differs among them, the initialization first."""
+    """Return a label for each of `settings`, made of what differs among them, the initialization first."""
     names = ["initialize", *sorted({name for each in settings for name in each} - {"initialize"})]
     differing = [name for name in names if len({each.get(name) for each in settings}) > 1] or ["initialize"]
 
@@ -152,37 +63,35 @@ def label(settings: list[dict[str, str]]) -> list[str]:
 
 
 def find_baselines(groups: dict[str, list[Run]], wanted: str | None) -> dict[str, str]:
-    """{a group's label: its baseline's}: the group that `wanted` names, for all of them.
+    """Return {label of a group: label of its baseline}: the group that `wanted` names, for all groups.
 
-    Without it the first of random values that trains the same model on the same data, or else the first that does.
+    Without `wanted`, groups that train the same model on the same data share a baseline: their first with random init,
+    or else their first.
     """
     if wanted is None:
-        questions: dict[tuple, list[str]] = defaultdict(list)
+        alike: dict[tuple, list[str]] = defaultdict(list)
         for name, runs in groups.items():
-            questions[tuple(runs[0].settings.get(setting) for setting in MODEL_AND_DATA)].append(name)
+            alike[tuple(runs[0].settings.get(setting) for setting in MODEL_AND_DATA)].append(name)
         return {
             name: next((each for each in names if not groups[each][0].settings["initialize"]), names[0])
-            for names in questions.values()
+            for names in alike.values()
             for name in names
         }
     folder = Path(wanted).resolve()
     for name, runs in groups.items():
         if name == wanted or any(run.folder.resolve().is_relative_to(folder) for run in runs):
             return dict.fromkeys(groups, name)
-    raise CompareError(f"--baseline {wanted}: no group and no folder of one; the groups are: {'; '.join(groups)}")
-
-
-# ---- figures ----
+    raise UserError(f"--baseline {wanted}: no group and no folder of one; the groups are: {'; '.join(groups)}")
 
 
 def spread(values: list[float]) -> dict:
-    """n, mean (None for no value) and sample standard deviation (None for fewer than two)."""
+    """Return n, mean (None without values) and sample standard deviation (None for fewer than two)."""
     n = len(values)
     return {"n": n, "mean": mean(values) if n else None, "std": stdev(values) if n > 1 else None}
 
 
 def summarize(name: str, runs: list[Run], baseline: list[Run], metric: str) -> dict:
-    """The figures of a group, a positive gain being the better; the baseline is not compared with itself."""
+    """Return a group's figures. A positive gain is the better one; the baseline is not compared with itself."""
     best, sign = (min, -1) if "loss" in metric else (max, 1)
     target = mean(run.last for run in baseline)
     compared = [] if runs is baseline else runs
@@ -205,62 +114,58 @@ def summarize(name: str, runs: list[Run], baseline: list[Run], metric: str) -> d
     }
 
 
-# ---- output ----
-
-
 def cell(figures: dict, decimals: int, *, sign: str = "", note: str = "") -> str:
-    """ "49.1 ± 2.0", without the deviation where there is one value, a dash where there is none; `note` in brackets."""
+    """Return "49.1 ± 2.0 (note)": no deviation for a single value, a dash for none."""
     text = DASH if figures["mean"] is None else f"{figures['mean']:{sign}.{decimals}f}"
     text += "" if figures["std"] is None else f" ± {figures['std']:.{decimals}f}"
     return f"{text} ({note})" if note else text
 
 
-def row(summary: dict, decimals: int) -> list[str]:
+def cells_against_baseline(summary: dict, decimals: int) -> tuple[str, str]:
+    """Return the cells of the epochs to the baseline's last value and of the gain."""
     n, epochs, gain = summary["n"], summary["epochs_to_baseline"], summary["gain"]
-    return [
-        summary["label"].replace("|", "\\|"),
-        str(n),
-        cell(summary["best"], decimals),
-        cell(summary["last"], decimals),
-        cell(epochs, 1, note=f"{epochs['never']} of {n} never" if epochs["never"] else ""),
-        cell(gain, decimals, sign="+", note=f"{gain['n']} of {n} seeds" if 0 < gain["n"] < n else ""),
-    ]
+    never = f"{epochs['never']} of {n} never" if epochs["never"] else ""
+    paired = f"{gain['n']} of {n} seeds" if 0 < gain["n"] < n else ""
+    return cell(epochs, 1, note=never), cell(gain, decimals, sign="+", note=paired)
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table, its columns as wide as their widest cell."""
+    """Return the lines of a Markdown table, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in rows]
 
 
 def table(summaries: list[dict], metric: str) -> str:
-    """The Markdown table, each baseline before what is compared with it, and the line that says how to read it."""
+    """Return the Markdown table, each baseline before what is compared with it, and a line on how to read it."""
     decimals, unit = (1, " %") if "acc" in metric else (3, "")
     head = f"group|n|best {metric}{unit}|last {metric}{unit}|epochs to the baseline's last|gain, same seed".split("|")
-    lines = markdown([head, ["---", *["---:"] * 5], *(row(summary, decimals) for summary in summaries)])
+    rows = [head, ["---", *["---:"] * 5]]
+    for each in summaries:
+        own = [cell(each["best"], decimals), cell(each["last"], decimals)]
+        rows.append([each["label"].replace("|", "\\|"), str(each["n"]), *own, *cells_against_baseline(each, decimals)])
     ends = "; ".join(
         f"{each['label']}, which ends at {each['last']['mean']:.{decimals}f}{unit}"
         for each in summaries
         if each["baseline"] == each["label"]
     )
     note = f"Mean ± sample standard deviation over n seeds. Baseline: {ends}."
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*markdown(rows), "", note]) + "\n"
 
 
 def new_figure(**options):
-    """A matplotlib figure, without a window; CompareError where matplotlib is missing."""
+    """Return a matplotlib figure without a window; UserError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CompareError("a figure needs the package matplotlib: pip install matplotlib") from error
+        raise UserError("a figure needs the package matplotlib: pip install matplotlib") from error
     return Figure(layout="constrained", **options)
 
 
 def plot_curves(axes, summaries: list[dict], metric: str) -> None:
-    """Draw into `axes` the mean over seeds, and a band of one standard deviation, of each group."""
+    """Draw each group's mean over seeds into `axes`, with a band of one standard deviation."""
     for index, summary in enumerate(summaries):
         colour, style = COLOURS[index % len(COLOURS)], LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
-        # a dollar sign would start a formula
+        # matplotlib would read a dollar sign as the start of a formula
         text = textwrap.fill(f"{summary['label']} (n = {summary['n']})", 60).replace("$", r"\$")
         epochs, means = [epoch + 1 for epoch in summary["curve"]["epoch"]], summary["curve"]["mean"]
         marker = "o" if len(epochs) <= 40 else None
@@ -279,7 +184,7 @@ def plot_curves(axes, summaries: list[dict], metric: str) -> None:
 
 
 def draw(summaries: list[dict], metric: str, path: Path) -> None:
-    """Write the curves: mean over seeds, band of one standard deviation."""
+    """Write the picture of the curves."""
     figure = new_figure(figsize=(8, 5))
     axes = figure.add_subplot()
     plot_curves(axes, summaries, metric)
@@ -287,68 +192,55 @@ def draw(summaries: list[dict], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# ---- command line ----
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="compare.py",
         allow_abbrev=False,
         description="Group finished runs by their settings and compare them over seeds.",
-        epilog="Runs belong together when all options agree that can change the result, the seed apart. With --ignore "
-        "initialize all initialized runs count as one setting, as where each seed has a teacher of its own.",
+        epilog="Runs belong together if all options that can change the result agree, except the seed. With --ignore "
+        "initialize all initialized runs count as one setting, for example when each seed has its own teacher.",
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder with runs below it")
     add("--metric", default="test_acc1", help="key of log.txt (default: %(default)s)")
-    add(
-        "--baseline",
-        metavar="GROUP",
-        help="label of a group, or folder with its runs (default: random init of the same model on the same data)",
-    )
-    add("--ignore", action="append", default=[], metavar="SETTING", help="a setting that parts no groups; repeatable")
+    baseline = "label of a group, or folder with its runs (default: random init of the same model on the same data)"
+    add("--baseline", metavar="GROUP", help=baseline)
+    add("--ignore", action="append", default=[], metavar="SETTING", help="do not group by this setting; repeatable")
     add("--plot", type=Path, metavar="FILE", help="draw the curves (.png, .svg, .pdf)")
     add("--markdown", type=Path, metavar="FILE", help="write the table to a file too")
     add("--json", type=Path, metavar="FILE", help="write all figures and curves")
-    wanted = parser.parse_args(arguments)
-    if wanted.plot and wanted.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot {wanted.plot}: expected a name that ends in .png, .svg or .pdf")
-    return wanted
+    options = parser.parse_args(argv)
+    if options.plot and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {options.plot}: expected a name that ends in .png, .svg or .pdf")
+    return options
 
 
-def compare(wanted: argparse.Namespace) -> None:
-    groups = group_runs(read_runs(find_runs(wanted.runs), wanted.metric), wanted.ignore)
-    baselines = find_baselines(groups, wanted.baseline)
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, and write the files that the options name."""
+    options = parse(argv)
+    groups = group_runs(read_runs(find_runs(options.runs), options.metric), options.ignore)
+    baselines = find_baselines(groups, options.baseline)
     order = list(dict.fromkeys(baselines.values()))
     names = sorted(baselines, key=lambda name: (order.index(baselines[name]), name != baselines[name]))
     summaries = [
-        summarize(name, groups[name], groups[baselines[name]], wanted.metric) | {"baseline": baselines[name]}
+        summarize(name, groups[name], groups[baselines[name]], options.metric) | {"baseline": baselines[name]}
         for name in names
     ]
-    text = table(summaries, wanted.metric)
+    text = table(summaries, options.metric)
     print(text, end="")
-    for file in filter(None, (wanted.markdown, wanted.json, wanted.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if wanted.markdown:
-        wanted.markdown.write_text(text, encoding="utf-8")
-    if wanted.json:
-        result = {"metric": wanted.metric, "groups": summaries}
-        wanted.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if wanted.plot:
-        draw(summaries, wanted.metric, wanted.plot)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after a one-line error. Usage errors exit with 2."""
-    wanted = parse(arguments)
     try:
-        compare(wanted)
-    except (CompareError, OSError) as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        for file in filter(None, (options.markdown, options.json, options.plot)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if options.markdown:
+            options.markdown.write_text(text, encoding="utf-8")
+        if options.json:
+            result = {"metric": options.metric, "groups": summaries}
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.plot:
+            draw(summaries, options.metric, options.plot)
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the table's signs shows a question mark for them
-    sys.exit(main())
+    sys.exit(run_script(main))

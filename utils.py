@@ -1,42 +1,46 @@
-"""What every module may use: seeding, the error a user sees, logging set-up, the record of the environment."""
+"""What every module may use: errors and exit codes, seeds, atomic files, logging, the record of the environment.
+
+Only the standard library is imported here, so that compare.py and the study's scripts answer at once and run without
+torch. The functions that need torch or numpy import them.
+"""
+
+from __future__ import annotations
 
 import enum
 import errno
 import gc
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import random
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-LONGEST_LINE = 1000  # of an error, in characters
-STOPPED = 75  # the exit code of a run that was asked to stop: sysexits.h's EX_TEMPFAIL, "try again later"
+LONGEST_ERROR = 1000  # characters
+STOPPED = 75  # the exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its message is the one line printed before the scripts end with code 1.
-
-    What comes from files, such as a tensor's name, is in it without line ends and a terminal's commands, and cut short.
-    """
+    """A mistake that the user can mend. `run_script` prints its message as one line and returns exit code 1."""
 
     def __init__(self, message: str):
-        line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in message[:LONGEST_LINE])
-        super().__init__(line + "…" * (len(message) > LONGEST_LINE))
+        # A message may quote text from an untrusted file, such as a tensor's name. Escape control characters, which
+        # would break the line or command the terminal.
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message[:LONGEST_ERROR])
+        super().__init__(line + "…" * (len(message) > LONGEST_ERROR))
 
 
 class Stopped(BaseException):
-    """A run was asked to stop and did, after saving: what ends it passes through every `except Exception`.
+    """Ends a run that was asked to stop, after it has saved. `agreed`: all ranks ended at the same step.
 
-    `agreed`: all ranks ended at the same step.
+    Not an `Exception`, so that no `except Exception` on the way catches it.
     """
 
     def __init__(self, reason: str, *, agreed: bool = False):
@@ -45,44 +49,51 @@ class Stopped(BaseException):
 
 
 class Stream(enum.IntEnum):
-    """What a seed is derived for: the first part of every derived seed, so that no two uses of a run's seed share draws."""
+    """The purposes of random draws. Each derived seed starts with one, so that no two purposes share draws."""
 
-    ORDER = 101  # of the images, by epoch
-    IMAGE = 102  # its augmentation, by epoch and index
-    MIX = 103  # mixup and cutmix, by step and chunk
+    ORDER = 101  # order of the images, per epoch
+    IMAGE = 102  # augmentation of one image on the host, per epoch and index
+    MIX = 103  # mixup and cutmix, per step and chunk
     FRACTION = 104  # which images --data_fraction keeps
-    SPLIT = 105  # of the data sets that have none
-    MODEL = 106  # dropout and drop path, by step and chunk
-    SLOTS = 107  # of an axis group, and tokens that a student begins with, by name
-    AUGMENT = 108  # augmentation on the device, by epoch, then by index
-    NOISE = 109  # what random erasing puts there on the device, by step and chunk
+    SPLIT = 105  # train/val split of data sets without one of their own
+    MODEL = 106  # dropout and drop path, per step and chunk
+    SLOTS = 107  # indices that a random element rule takes from an axis group, per name of the group
+    AUGMENT = 108  # augmentation on the device, per epoch and index
+    NOISE = 109  # pixels that random erasing fills in on the device, per step and chunk
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:
-    """A 64-bit seed that depends on the stream and the non-negative `parts` alone, on any machine."""
+    """Return a 64-bit seed that depends only on the stream and the non-negative `parts`, on any machine."""
+    import numpy as np
+
     return int(np.random.SeedSequence((stream, *parts)).generate_state(1, np.uint64)[0])
 
 
 def permutation(count: int, stream: Stream, *parts: int) -> np.ndarray:
-    """An order of `count` things from a derived seed; int64 [count]."""
-    # RandomState's stream is frozen by numpy's policy, that of default_rng is not
+    """Return a random order of range(count) from a derived seed; int64 [count]."""
+    import numpy as np
+
+    # RandomState, because numpy promises never to change its stream. default_rng has no such promise.
     return np.random.RandomState(derive_seed(stream, *parts) % 2**32).permutation(count)
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's global and torch's CPU generator; the device's generators are left as they are."""
+    """Seed the global generators of Python, numpy and torch's CPU. Leave the devices' generators alone."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without the lines of explanation below; its class name if it says nothing."""
+    """Return the first line of an exception's message, or its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def json_lines(value: object, levels: int) -> str:
-    """JSON with a line for each entry of the outer `levels` of objects, and what is inside them on that line."""
+    """Return JSON with one line per entry of the outer `levels` of objects. Deeper values share their entry's line."""
     if levels == 0 or not isinstance(value, dict) or not value:
         return json.dumps(value)
     entries = (f"{json.dumps(key)}: {json_lines(entry, levels - 1)}" for key, entry in value.items())
@@ -90,14 +101,15 @@ def json_lines(value: object, levels: int) -> str:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Put `content` at `path`, which holds the old or the new file whatever happens. UserError where that fails."""
+    """Write `content` to `path`, which at any moment holds either the old or the new file. UserError if that fails."""
     write_together({path: content})
 
 
 def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
-    """Put each content at its path, all in one folder. UserError, and all are as before, where one cannot be written.
+    """Write each content to its path, all in one folder. UserError, with all files as before, if one cannot be written.
 
-    Only a crash between the renamings, which follow one another in this order, leaves some old and some new ones.
+    All temporary files are complete before the first is renamed. So only a crash between two renames, which follow the
+    order of `files`, can leave some files old and some new.
     """
     temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
@@ -120,7 +132,7 @@ def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """What was renamed in the folder survives a power cut, where its file system can promise that."""
+    """Make the renames in the folder survive a power cut, if its file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,63 +144,71 @@ def _sync_folder(folder: Path) -> None:
 
 
 def start_logging(*, quiet: bool = False) -> None:
-    """Log lines of `INFO` and above to stderr as they are; with `quiet` only errors, as on ranks other than 0."""
+    """Log to stderr, without prefixes, from level INFO on; with `quiet`, as on ranks other than 0, only errors."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.INFO)
     for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every retry would stand twice
+    logging.getLogger("huggingface_hub").propagate = False  # its own handler prints them already
 
 
 def run_script(main: Callable[[], object]) -> int:
-    """Run a script's `main` and return its exit code; a user's mistake is one line on stderr and code 1."""
+    """Run a script's `main` and return its exit code.
 
-    gc.freeze()  # what was imported lives on: the collector need not walk through it again and again, 0.2 s each time
+    0 on success, 1 after a one-line error on stderr or a closed pipe, 75 for a run that was asked to stop, 130 after
+    Ctrl-C. An error that the user cannot mend is raised, for its traceback.
+    """
+    # The imported libraries hold 400,000 objects that live to the end. Spare the collector its full passes over them:
+    # weight_selection.py's work for ViT-S -> ViT-T takes 0.15 s of CPU time, not 0.37 s. They also stay frozen at exit,
+    # where one more pass and the destruction of what it finds would take 0.9 s.
+    gc.freeze()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without "…" gets "?", not an exception
-
-    def report(message: str) -> None:
-        rank = (
-            f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-        )
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
-
+        stream.reconfigure(errors="replace")  # a terminal that has no "…" shows "?", where it would raise
     try:
         main()
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # "… --plan | head": nobody reads on, and Python's own flush at the end must not fail either
+    except BrokenPipeError:
+        # The reader has gone, as in "… --plan | head". Python flushes stdout once more at exit: that must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        report(str(error))
-        return 1
-    except torch.OutOfMemoryError as error:
-        report(f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})")
-        return 1
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch says so wherever it finds the process that trains
-            raise
-        report(
-            f"a worker that loads images has died, as where memory is short: try fewer --num_workers ({first_line(error)})"
-        )
         return 1
     except Stopped:
         return STOPPED
     except KeyboardInterrupt:
         return 130
-    finally:
-        gc.unfreeze()  # some extensions count what is left at the end, and complain
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        rank = f" (rank {os.environ['RANK']})" if several and "RANK" in os.environ else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
+def _explain(error: Exception) -> str | None:
+    """Return what the user can do about the error, in one line; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, known by its name because torch is not imported here
+        return f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})"
+    # torch raises this in whatever line the training process is at when a worker dies
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        cause = first_line(error)
+        return f"a worker that loads images has died, perhaps for lack of memory: try fewer --num_workers ({cause})"
+    return None
+
+
 def environment(device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, device, processes, threads, host; plain values."""
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    """Return what a run runs on, as plain values: versions, device, processes, threads, host."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy", "pillow")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": processes,
         "threads": torch.get_num_threads(),
@@ -197,19 +217,13 @@ def environment(device: torch.device, processes: int) -> dict:
 
 
 def revision() -> str | None:
-    """The commit of this code, with "-dirty" where files differ from it; None outside a git checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude",
-        "*",
-        "--abbrev=40",
-    ]
+    """Return the commit of this code, with "-dirty" if files differ from it; None outside a git checkout."""
+    import subprocess
+
+    command = "git describe --always --dirty --exclude * --abbrev=40".split()
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

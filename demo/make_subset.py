@@ -1,8 +1,8 @@
-"""Make the demo's share of Fashion-MNIST: 12,000 training and 2,000 test images, the same number of every class.
+"""Make the demo's subset of Fashion-MNIST: 12,000 training and 2,000 test images, equally many of each class.
 
     python demo/make_subset.py FOLDER [--output_dir demo/data]
 
-FOLDER holds the four files of the whole set (train-images-idx3-ubyte.gz, ...). The share keeps their names and format.
+FOLDER holds the four files of the whole set (train-images-idx3-ubyte.gz, ...). The subset keeps their names and format.
 """
 
 import argparse
@@ -16,7 +16,7 @@ SEED = 20240507
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The bytes of a gzipped idx file as uint8 [items, ...]; ValueError if it is none."""
+    """Read a gzipped idx file of bytes as uint8 [items, ...]; ValueError if it is another file."""
     raw = gzip.decompress(path.read_bytes())
     dimensions = raw[3]
     if raw[:3] != b"\x00\x00\x08":
@@ -26,14 +26,14 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write uint8 `array` as a gzipped idx file whose bytes depend on the array (and zlib) alone."""
+    """Write uint8 `array` as a gzipped idx file whose bytes depend only on the array and zlib."""
     header = b"\x00\x00\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes()
     path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=9, mtime=0))
 
 
 def pick(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Positions of `per_class` random items of every class, in the order of the whole set; int64, ascending."""
-    random = np.random.RandomState(seed)  # its stream is frozen by numpy's policy, default_rng's is not
+    """Return the indices of `per_class` random items of each class, in the order of the whole set; int64, ascending."""
+    random = np.random.RandomState(seed)  # numpy promises never to change its stream, unlike default_rng's
     chosen = [random.permutation(np.flatnonzero(labels == c))[:per_class] for c in range(10)]
     return np.sort(np.concatenate(chosen))
 

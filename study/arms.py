@@ -1,4 +1,4 @@
-"""What a study consists of: the starts that are compared, the models and how they are trained, the runs in their order."""
+"""What a study consists of: the initializations it compares, the models, how they are trained, the runs in order."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,23 +8,23 @@ TEACHER_DATA, STUDENT_DATA = "tiny-imagenet-200", "cifar10-jpeg"
 
 
 class Arm(NamedTuple):
-    """Where a student's first values come from: a teacher, by options of weight_selection.py, or random init."""
+    """One kind of initialization of a student: from a teacher, by options of weight_selection.py, or at random."""
 
     title: str
-    selection: str | None = ""  # "{seed}" is the run's; None: random init, no teacher
+    selection: str | None = ""  # "{seed}" stands for the run's seed; None: random init, no teacher
     teacher: str = "teacher"
-    shuffled: bool = False  # the teacher's tensors, each within itself
+    shuffled: bool = False  # shuffle each tensor of the teacher first
 
 
 ARMS = {
     "random": Arm("random init", None),
-    "selected": Arm("weight selection"),  # the paper's rules: first layers, uniform slots, heads blended
+    "selected": Arm("weight selection"),  # the paper's rules: first layers, evenly spaced channels, blended heads
     "shuffled": Arm("shuffled teacher", shuffled=True),
     "keep": Arm("whole heads", "--heads keep"),
-    "consecutive": Arm("consecutive slots", "--element_selection consecutive"),
-    "random_slots": Arm("random slots", "--element_selection random --seed {seed}"),
+    "consecutive": Arm("consecutive channels", "--element_selection consecutive"),
+    "random_slots": Arm("random channels", "--element_selection random --seed {seed}"),
     "random_inconsistent": Arm("random, inconsistent", "--element_selection random_inconsistent --seed {seed}"),
-    "magnitude": Arm("largest slots", "--element_selection magnitude"),
+    "magnitude": Arm("largest channels", "--element_selection magnitude"),
     "last_layers": Arm("last layers", "--layer_selection last"),
     "middle_layers": Arm("middle layers", "--layer_selection middle"),
     "uniform_layers": Arm("layers spread", "--layer_selection uniform"),
@@ -33,12 +33,12 @@ ARMS = {
     "wide_blend": Arm("4x wide, 6 deep", "--heads blend", teacher="wide_teacher"),
     "wide_keep": Arm("4x wide, 6 deep, whole heads", "--heads keep", teacher="wide_teacher"),
 }
-# the share of the student's training images, and options in the place of its model's
+# the share of the student's training images, and options that override its model's
 SHARES = {"full": (1.0, ""), "tenth": (0.1, ""), "tenth_lr4e-3": (0.1, "--lr 4e-3")}
 
 
 class Model(NamedTuple):
-    """A model and how it is trained; `minutes` is what all its epochs take, with all its images (on a CPU on one thread)."""
+    """A model and how it is trained. `minutes`: the time of all epochs on all images, on a CPU with one thread."""
 
     name: str
     kwargs: str
@@ -48,14 +48,12 @@ class Model(NamedTuple):
 
 
 class Study(NamedTuple):
-    """`models` by family and role, and the rows in the order in which they are run: family, share, arms, seeds."""
-
-    recipe: str
-    models: dict[str, Model]
-    rows: list[tuple[str, str, str, range]]
+    recipe: str  # options of main.py for every run
+    models: dict[str, Model]  # by family and role, such as "vit/teacher"
+    rows: list[tuple[str, str, str, range]]  # family, share, arms and seeds, in the order in which they run
 
 
-# the paper's augmentation is for 300 epochs; ten need little but flips and padded crops
+# The paper's augmentation is made for 300 epochs. Ten epochs need little more than flips and padded crops.
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
 _VIT = "img_size=32 patch_size=8 "
@@ -67,7 +65,7 @@ STUDIES = {
             "vit/teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 45
             ),
-            # as deep as the student, so that width alone is what differs between these two
+            # These two are as deep as the student, so that they differ from each other only in width.
             "vit/twice_teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 25
             ),
@@ -88,17 +86,17 @@ STUDIES = {
             ("vit", "tenth", "random selected shuffled", range(3)),
             ("convnext", "full", "random selected shuffled", range(3)),
             ("convnext", "tenth", "random selected shuffled", range(3)),
-            # the rules where what is inherited shows more, and where a run takes two minutes
+            # The rules on a tenth of the data, where the initialization matters more and a run takes two minutes.
             ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
             ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
             ("vit", "tenth", "wide_blend wide_keep twice_blend twice_keep", range(3)),
-            # whether the gain is that of a learning rate too low for random init
+            # Is the gain only due to a learning rate that is too low for random init?
             ("vit", "tenth_lr4e-3", "random selected", range(3)),
         ],
     ),
-    # The paper's models and recipe, but for 64 px and 90 epochs. Each row and its teacher is a piece of its own, to be chosen
-    # by --only, with --work and --results of its own: students are compared with those of the same teacher, so `selected`
-    # is in each. The minutes are guesses for one H100: none of it has been run.
+    # The paper's models and recipe, but at 64 px for 90 epochs. Choose one row with --only, and give it its own --work
+    # and --results: it includes its teacher, and `selected`, because students can be compared only with those of the
+    # same teacher. The minutes are guesses for one H100. None of this has been run.
     "gpu": Study(
         "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
         "--num_workers 8",
@@ -109,7 +107,7 @@ STUDIES = {
             "vit/teacher": Model(
                 "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 9", 90, 8
             ),
-            # a stem of patches of 2, so that the last stage sees 4 x 4 places
+            # a stem with patches of 2, so that the last stage sees 4 x 4 positions
             "convnext/student": Model(
                 "convnext_femto",
                 "patch_size=2",
@@ -138,16 +136,16 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training, of a teacher, or of a student, from random values if `teacher` is None."""
+    """The training of a teacher or a student. `teacher` is None: it starts from random init."""
 
     name: str  # its folder
-    command: tuple[str, ...]  # options of main.py, but --initialize
+    command: tuple[str, ...]  # options of main.py except --initialize
     epochs: int
     minutes: float
     is_teacher: bool = False
     teacher: "Run | None" = None
     shuffled: bool = False
-    selection: tuple[str, ...] = ()  # options of weight_selection.py, but the file of weights
+    selection: tuple[str, ...] = ()  # options of weight_selection.py except the file of weights
 
     @property
     def checkpoint(self) -> str:
@@ -155,7 +153,7 @@ class Run:
 
 
 def runs_of(study: Study) -> list[Run]:
-    """All runs of a study in their order, each teacher before the first run that needs it."""
+    """Return all runs of a study in order, each teacher before the first run that needs it."""
     return list(dict.fromkeys(_in_order(study)))
 
 
@@ -168,18 +166,19 @@ def _in_order(study: Study) -> Iterator[Run]:
 
 
 def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
-    model, choices, (fraction, instead) = study.models[f"{family}/student"], ARMS[arm], SHARES[share]
+    model, choices, (fraction, override) = study.models[f"{family}/student"], ARMS[arm], SHARES[share]
     name = f"{family}/{share}/{arm}-{seed}"
-    options = f"{_training(study, model, STUDENT_DATA)} {instead} --data_fraction {fraction} --seed {seed} --output_dir {name}"
-    student = Run(name, tuple(options.split()), model.epochs, model.minutes * fraction + 0.5)
+    options = f"{_training(study, model, STUDENT_DATA)} {override} --data_fraction {fraction} --seed {seed}"
+    command = tuple(f"{options} --output_dir {name}".split())
+    student = Run(name, command, model.epochs, model.minutes * fraction + 0.5)  # half a minute to start and select
     if choices.selection is None:
         return student
     role = f"{family}/{choices.teacher}"
     teacher = study.models[role]
     options = f"{_training(study, teacher, TEACHER_DATA)} --output_dir {role}"
     selection = (
-        f"--student_model {model.name} {_given('--student_kwargs', model.kwargs)} "
-        f"--pretrained_model {teacher.name} {_given('--pretrained_kwargs', teacher.kwargs)} "
+        f"--student_model {model.name} {_option('--student_kwargs', model.kwargs)} "
+        f"--pretrained_model {teacher.name} {_option('--pretrained_kwargs', teacher.kwargs)} "
         f"{choices.selection.format(seed=seed)}"
     )
     return replace(
@@ -190,12 +189,13 @@ def _student(study: Study, family: str, share: str, arm: str, seed: int) -> Run:
     )
 
 
-def _given(option: str, values: str) -> str:
+def _option(option: str, values: str) -> str:
     return f"{option} {values}" if values else ""
 
 
 def _training(study: Study, model: Model, data: str) -> str:
     return (
-        f"--model {model.name} {_given('--model_kwargs', model.kwargs)} --data_set image_folder --data_path data/{data} "
-        f"--epochs {model.epochs} {study.recipe} {model.training} --save_ckpt_num 1 --log_freq 100 --progress false"
+        f"--model {model.name} {_option('--model_kwargs', model.kwargs)} "
+        f"--data_set image_folder --data_path data/{data} --epochs {model.epochs} {study.recipe} {model.training} "
+        f"--save_ckpt_num 1 --log_freq 100 --progress false"
     )

@@ -1,10 +1,10 @@
-"""Lays out the study's two sets of images as folders of classes: CIFAR-10 as JPEG, and Tiny-ImageNet-200.
+"""Lay out the study's two sets of images as folders of classes: CIFAR-10 as JPEG, and Tiny-ImageNet-200.
 
-    python study/make_data.py FOLDER
+    python -m study.make_data FOLDER
 
-makes FOLDER/cifar10-jpeg/ and FOLDER/tiny-imagenet-200/, each with train/CLASS/IMAGE and val/CLASS/IMAGE. What it lays
-out is downloaded to FOLDER/downloads/ (420 MB), unless it is there, and checked against its MD5 sum. A set that is there
-is left as it is.
+makes FOLDER/cifar10-jpeg/ and FOLDER/tiny-imagenet-200/, each with train/CLASS/IMAGE and val/CLASS/IMAGE. Downloads the
+originals to FOLDER/downloads/ (420 MB) unless they are there, and checks their MD5 sums. Leaves a set that is already
+there as it is.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from arms import STUDENT_DATA, TEACHER_DATA
+from study.arms import STUDENT_DATA, TEACHER_DATA
+from utils import UserError, run_script
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -23,7 +24,7 @@ JPEG_QUALITY = 75
 
 
 def write_cifar10(downloads: Path, target: Path) -> None:
-    """CIFAR-10 as JPEG files, numbered in each class in the set's order; its test images are `val`."""
+    """Write CIFAR-10 as JPEG files, numbered within each class in the set's order. Its test images become `val`."""
     from torchvision.datasets import CIFAR10
 
     for part, is_train in (("train", True), ("val", False)):
@@ -37,7 +38,7 @@ def write_cifar10(downloads: Path, target: Path) -> None:
 
 
 def write_tiny_imagenet(downloads: Path, target: Path) -> None:
-    """Tiny-ImageNet's files as they are; its validation images, all in one folder there, by their classes."""
+    """Unpack Tiny-ImageNet's files as they are. Sort its validation images, all in one folder, into their classes."""
     from torchvision.datasets.utils import download_url
 
     download_url(TINY_IMAGENET, str(downloads), md5=TINY_IMAGENET_MD5)
@@ -54,7 +55,7 @@ def write_tiny_imagenet(downloads: Path, target: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Both sets; each appears whole or not at all. OSError, RuntimeError or BadZipFile where one cannot be had."""
+    """Make both sets, each whole or not at all. OSError, RuntimeError or BadZipFile if a download fails."""
     for name, write in ((STUDENT_DATA, write_cifar10), (TEACHER_DATA, write_tiny_imagenet)):
         target, unfinished = folder / name, folder / f"{name}.tmp"
         if target.exists():
@@ -67,20 +68,17 @@ def make(folder: Path) -> None:
         print(f"{target}: {sum(1 for path in target.rglob('*') if path.is_file()):,} images")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after a one-line error."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="study/make_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m study.make_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    wanted = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        make(wanted.folder)
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-        print(f"study/make_data.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        make(options.folder)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: torchvision's, for a wrong MD5 sum
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -1,9 +1,9 @@
-"""Makes the tables and the figures of a study from its folders alone.
+"""Make the tables and figures of a study from its result folders alone.
 
-    python study/report.py results/study-cpu
+    python -m study.report results/study-cpu
 
-writes tables.md, curves-<question>.png and gains.png there and prints the tables. A study that is under way is reported
-as far as it is: n says how many seeds there are. Several folders, as from several sittings, are taken together.
+writes tables.md, curves-<question>.png and gains.png there and prints the tables. A study under way is reported as far
+as it has come; n says how many seeds there are. The results of several folders are taken together.
 """
 
 import argparse
@@ -14,18 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(1, str(Path(__file__).parents[1]))
-
 import compare
-from arms import ARMS
-from compare import CompareError, Run
+from study.arms import ARMS
+from training.finished import Run, find_runs, read_runs
+from utils import UserError, run_script
 
 METRIC = "test_acc1"
-KIND = "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}"  # of machine
+MACHINE = "{device}, {processes} process, {threads} threads, torch {torch}, timm {timm}"
 
 
 class Question(NamedTuple):
-    name: str  # in the figure's name
+    name: str  # part of the figure's file name
     text: str
     baseline: str
     arms: str
@@ -39,7 +38,7 @@ QUESTIONS = (
     Question("layers", "Layer rules", "selected", "last_layers middle_layers uniform_layers"),
     Question("width", "A wider teacher", "selected", "keep twice_blend twice_keep wide_blend wide_keep"),
 )
-# what a question turns on beside the gain over its baseline: the second arm against the first
+# two arms that answer a question by their difference: the second minus the first
 PAIRS = (
     ("shuffled", "selected"),
     ("twice_blend", "twice_keep"),
@@ -49,25 +48,22 @@ PAIRS = (
 )
 SHARES_OF_RUN = (("after 1/10", 1 / 10), ("after 1/3", 1 / 3), ("at the end", 1.0))
 
-Section = dict[str, list[Run]]  # an arm's runs
-
-
-# ---- reading ----
+Section = dict[str, list[Run]]  # the runs of each arm on one family and share of the data, such as "vit/full"
 
 
 def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
-    """The students by section ("vit/full") and arm, and the teachers. CompareError for runs that cannot stand together."""
+    """Return the students by section and arm, and the teachers. UserError if some runs cannot be compared."""
     sections: dict[str, Section] = defaultdict(lambda: defaultdict(list))
     teachers = []
     for root in roots:
-        for run in compare.read_runs(compare.find_runs([root]), METRIC):
+        for run in read_runs(find_runs([root]), METRIC):
             arm = run.folder.name.rpartition("-")[0]
             if not arm:
                 teachers.append(run)
             elif arm in ARMS:
                 sections[run.folder.relative_to(root).parent.as_posix()][arm].append(run)
             else:
-                raise CompareError(f"{run.folder}: {arm} is none of the arms, {', '.join(ARMS)}")
+                raise UserError(f"{run.folder}: {arm} is none of the arms, {', '.join(ARMS)}")
     for section in sections.values():
         for arm, runs in section.items():
             check_seeds(runs)
@@ -77,34 +73,35 @@ def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
 
 
 def check_seeds(runs: list[Run]) -> None:
-    """CompareError for an arm's seed that is there twice, in folders of two sittings."""
+    """Raise UserError if two runs of an arm have the same seed, as runs in two folders may."""
     first: dict[int, Run] = {}
     for run in runs:
         if first.setdefault(run.seed, run) is not run:
-            raise CompareError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
+            raise UserError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
 
 
 def check_teacher(arm: str, runs: list[Run]) -> None:
-    """CompareError for an arm that draws nothing and whose weights are not the same for all seeds: teachers were mixed."""
+    """Raise UserError if an arm's runs inherit from different teachers.
+
+    An arm that draws nothing starts from the same weights for every seed, unless teachers were mixed.
+    """
     if "{seed}" in (ARMS[arm].selection or ""):
         return
     for run in runs[1:]:
         if run.settings["initialize"] != runs[0].settings["initialize"]:
-            raise CompareError(
-                f"{runs[0].folder} and {run.folder} cannot stand together: they inherit from two teachers"
-            )
+            raise UserError(f"{runs[0].folder} and {run.folder} cannot be compared: they inherit from two teachers")
 
 
 def check_settings(runs: list[Run]) -> None:
-    """CompareError unless runs of a section differ in nothing but their first values and their seeds."""
+    """Raise UserError unless the runs of a section differ only in initialization and seed."""
     for run in runs[1:]:
         for name in sorted((run.settings.keys() | runs[0].settings.keys()) - {"initialize"}):
             if run.settings.get(name) != runs[0].settings.get(name):
-                raise CompareError(f"{runs[0].folder} and {run.folder} cannot be compared: they differ in {name}")
+                raise UserError(f"{runs[0].folder} and {run.folder} cannot be compared: they differ in {name}")
 
 
 def summaries_of(section: Section, question: Question) -> list[dict]:
-    """compare.py's figures of the baseline and of each arm of the question; [] where there is nothing to compare."""
+    """Return compare.py's figures for the question's baseline and each of its arms; [] without both."""
     arms = [arm for arm in question.arms.split() if arm in section]
     if question.baseline not in section or not arms:
         return []
@@ -117,49 +114,41 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
 
 
 def accuracy(run: Run, share: float) -> float:
-    """That after a share of the run's epochs, rounded, at least one."""
+    """Return the accuracy after a share of the run's epochs, rounded to at least one epoch."""
     return run.values[max(1, round(share * (max(run.values) + 1))) - 1]
 
 
 def at_share(runs: list[Run], share: float) -> dict:
-    """Mean and deviation of the accuracy after that share of the epochs."""
+    """Return mean and deviation of the accuracy after that share of the epochs."""
     return compare.spread([accuracy(run, share) for run in runs])
 
 
 def differences(first: list[Run], second: list[Run], share: float) -> list[float]:
-    """How far the second is above the first after that share of the epochs, for each seed that both have."""
+    """Return `second` minus `first` after that share of the epochs, for each seed that both have."""
     before = {run.seed: accuracy(run, share) for run in first}
     return [accuracy(run, share) - before[run.seed] for run in second if run.seed in before]
 
 
-# ---- writing ----
-
-
 def link(name: str, folder: Path, out: Path) -> str:
-    """A Markdown link from a page in `out` to the folder."""
+    """Return a Markdown link from a page in `out` to the folder."""
     return f"[{name}]({Path(os.path.relpath(folder, out)).as_posix()})"
 
 
 def table(question: Question, found: dict[str, list[dict]], out: Path) -> str:
-    """The question's Markdown table for a page in `out`: a row for each section and arm."""
+    """Return the question's Markdown table for a page in `out`, with a row for each section and arm."""
     heads = ["data", "start", "n", *(head for head, _ in SHARES_OF_RUN), "gain, same seed", "epochs to the baseline"]
     rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for name, summaries in found.items():
         for summary in summaries:
-            n, gain, epochs = summary["n"], summary["gain"], summary["epochs_to_baseline"]
-            rows.append([
-                link(name, Path(summary["runs"][0]["folder"]).parent, out),
-                summary["label"],
-                str(n),
-                *(compare.cell(value, 1) for value in summary["at"]),
-                compare.cell(gain, 1, sign="+", note=f"{gain['n']} of {n} seeds" if 0 < gain["n"] < n else ""),
-                compare.cell(epochs, 1, note=f"{epochs['never']} of {n} never" if epochs["never"] else ""),
-            ])  # fmt: skip
+            data = link(name, Path(summary["runs"][0]["folder"]).parent, out)
+            at_shares = [compare.cell(value, 1) for value in summary["at"]]
+            epochs, gain = compare.cells_against_baseline(summary, 1)
+            rows.append([data, summary["label"], str(summary["n"]), *at_shares, gain, epochs])
     return "\n".join([f"## {question.text}", "", *compare.markdown(rows), ""])
 
 
 def table_of_pairs(sections: dict[str, Section]) -> list[str]:
-    """The Markdown table of PAIRS, a row for each section that has both arms; none where none has."""
+    """Return the lines of the table of PAIRS, with a row for each section that has both arms; [] without rows."""
     heads = ["data", "difference", "n", *(head for head, _ in SHARES_OF_RUN)]
     rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for name, section in sections.items():
@@ -172,35 +161,35 @@ def table_of_pairs(sections: dict[str, Section]) -> list[str]:
     return ["## Pairs of the same seed", "", *compare.markdown(rows), ""] if len(rows) > 2 else []
 
 
+HOW_TO_READ = (
+    "Top-1 accuracy in %, after a tenth, a third and all of the epochs: mean ± sample standard deviation over n seeds. "
+    "The first row of a data set is the baseline; gains pair the seeds; the last column counts epochs to the "
+    "baseline's mean final accuracy."
+)
+
+
 def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
-    """How to read the tables, what the teachers reached, and what it all ran on."""
+    """Return how to read the tables, what the teachers reached, and the machines and code that ran."""
     by_name = {name: [run for runs in section.values() for run in runs] for name, section in sections.items()}
-    for run in teachers:  # those of several folders have one name
-        by_name.setdefault("/".join(run.folder.parts[-2:]), []).append(run)
-    kinds, revisions = defaultdict(set), set()
+    reached = []
+    for run in teachers:
+        name = "/".join(run.folder.parts[-2:])
+        by_name.setdefault(name, []).append(run)  # teachers in several folders may share a name
+        reached.append(f"- {link(name, run.folder, out)}: {run.last:.1f} % after {len(run.values)} epochs.")
+    machines, revisions = defaultdict(set), set()
     for name, runs in by_name.items():
         for run in runs:
             config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-            kinds[KIND.format(**config["environment"])].add(name)
+            machines[MACHINE.format(**config["environment"])].add(name)
             commit, *dirty = (config["revision"] or "unknown").split("-")
             revisions.add("`" + "-".join([commit[:12], *dirty]) + "`")
-    lines = [
-        "Top-1 accuracy in %, after a tenth, a third and all of the epochs: mean ± sample standard deviation over n seeds. "
-        "The first row of a data set is the baseline; gains pair the seeds; the last column counts epochs to the "
-        "baseline's mean final accuracy.",
-        "",
-        *(
-            f"- {link('/'.join(run.folder.parts[-2:]), run.folder, out)}: {run.last:.1f} % after {len(run.values)} epochs."
-            for run in teachers
-        ),
-        *(f"- Ran on {kind}: {', '.join(sorted(names))}." for kind, names in sorted(kinds.items())),
-        f"- Code: {', '.join(sorted(revisions))}.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    ran = [f"- Ran on {machine}: {', '.join(sorted(names))}." for machine, names in sorted(machines.items())]
+    code = f"- Code: {', '.join(sorted(revisions))}."
+    return "\n".join([HOW_TO_READ, "", *reached, *ran, code]) + "\n"
 
 
 def draw_curves(found: dict[str, list[dict]], path: Path) -> None:
-    """A panel of curves for each section."""
+    """Draw a panel of curves for each section."""
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
     figure = compare.new_figure(figsize=(7 * columns, 4.5 * rows))
@@ -213,7 +202,7 @@ def draw_curves(found: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_gains(sections: dict[str, Section], path: Path) -> None:
-    """The gain of every arm over random init, a point for each pair of seeds and their mean."""
+    """Draw the gain of every arm over random init: a point for each pair of seeds, a bar for their mean."""
     rows = [
         (name, arm, gains)
         for name, section in sections.items()
@@ -234,16 +223,15 @@ def draw_gains(sections: dict[str, Section], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=1)
     axes.set_xlabel("points of accuracy", fontsize=12)
-    figure.suptitle(
-        "gain over random init of the same seed, bar: mean", fontsize=11, x=0.01, ha="left", color="#555555"
-    )
+    title = "gain over random init of the same seed, bar: mean"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", color="#555555")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
 def report(roots: list[Path], out: Path) -> str:
-    """Write the tables and figures to `out`; returns the tables. CompareError where there is nothing to compare."""
+    """Write the tables and figures to `out` and return the tables. UserError if there is nothing to compare."""
     sections, teachers = read_study(roots)
     tables = []
     for question in QUESTIONS:
@@ -252,31 +240,28 @@ def report(roots: list[Path], out: Path) -> str:
             tables.append(table(question, found, out))
             draw_curves(found, out / f"curves-{question.name}.png")
     if not tables:
-        raise CompareError("no run of random init and of another start yet")
+        raise UserError("no arm has both runs and runs of its baseline yet")
     draw_gains(sections, out / "gains.png")
     text = "\n".join([*tables, *table_of_pairs(sections), notes(sections, teachers, out)])
     (out / "tables.md").write_text(text, encoding="utf-8")
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after a one-line error."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="study/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m study.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="FOLDER", help="of --results of run.py")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the first of them)")
-    wanted = parser.parse_args(argv)
-    out = wanted.out or wanted.results[0]
+    parser.add_argument("results", type=Path, nargs="+", metavar="FOLDER", help="what study.run had as --results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: the first FOLDER)")
+    options = parser.parse_args(argv)
+    out = options.out or options.results[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        print(report(wanted.results, out), end="")
-    except (CompareError, OSError) as error:
-        print(f"study/report.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        text = report(options.results, out)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    print(text, end="")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    sys.exit(main())
+    sys.exit(run_script(main))

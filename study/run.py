@@ -1,12 +1,12 @@
-"""Runs what is missing of a study, through weight_selection.py and main.py, one run after the other.
+"""Run what is missing of a study, with weight_selection.py and main.py, one run after the other.
 
-    python study/run.py cpu --data FOLDER --work FOLDER
+    python -m study.run cpu --data FOLDER --work FOLDER
 
 FOLDER of --data holds tiny-imagenet-200/ and cifar10-jpeg/, each as train/CLASS/IMAGE and val/CLASS/IMAGE. Weights and
-messages go to --work; config.json and log.txt of each finished run to results/study-cpu/.
+messages go to --work, config.json and log.txt of each finished run to results/study-cpu/.
 
-It may be stopped at any time, by any signal: the same command goes on in the middle of the run that was cut off. Started
-twice it shares the work, a run each: on two cores two calls with OMP_NUM_THREADS=1 do more than one with two threads.
+Any signal may stop it at any time: the same command continues in the middle of the interrupted run. Start it twice to
+share the work: on two cores, two calls with OMP_NUM_THREADS=1 get more done than one call with two threads.
 """
 
 import argparse
@@ -23,56 +23,52 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from arms import STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
+from study.arms import STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
+from utils import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
-POLL_SECONDS = 5.0  # between looks at what another call works on
-
-
-class StudyError(Exception):
-    """Why the study cannot go on, in one line."""
+POLL_SECONDS = 5.0  # how often to check on runs that another call works on
 
 
 @dataclass(frozen=True)
 class Place:
-    """The two folders of a study: `work` with weights, `results` with the logs of finished runs.
+    """The two folders of a study: `work` holds weights, `results` the logs of finished runs.
 
-    Commands run in `work` and name what is there by relative paths, so that no config.json tells where that is.
+    Commands run in `work` and use relative paths, so that no config.json reveals the machine's folders.
     """
 
     work: Path
     results: Path
 
     def epochs_done(self, run: Run) -> int:
-        """How many epochs the run's log in `work` has."""
+        """Count the epochs in the run's log in `work`."""
         log = self.work / run.name / "log.txt"
         return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
     def finished(self, run: Run) -> bool:
-        """Whether its log is in `results`, whole."""
+        """Return whether the run's whole log is in `results`."""
         log = self.results / run.name / "log.txt"
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         return bool(lines) and json.loads(lines[-1])["epoch"] == run.epochs - 1
 
     def can_teach(self, run: Run) -> bool:
-        """Whether it is finished and its weights are in `work`.
+        """Return whether this teacher is finished. UserError if it is, but its weights are not in `work`.
 
-        StudyError where `results` has the log of a teacher that is not the one in `work`: a new one, trained here, would
-        stand beside students of the old.
+        Else `work` would get a new teacher of that name, and its students would join the old one's in `results`.
         """
         if not self.finished(run):
             return False
-        logs = [folder / run.name / "log.txt" for folder in (self.work, self.results)]
-        here = (self.work / run.checkpoint).exists() and logs[0].exists()
-        if not here or logs[0].read_bytes() != logs[1].read_bytes():
-            raise StudyError(
-                f"{logs[1]} is of a {run.name} whose weights are not in --work {self.work}: more students of it cannot be "
-                f"made; choose another --results for students of a new one"
+        own, published = (folder / run.name / "log.txt" for folder in (self.work, self.results))
+        has_weights = (self.work / run.checkpoint).exists() and own.exists()
+        if not has_weights or own.read_bytes() != published.read_bytes():
+            raise UserError(
+                f"{published} is of a {run.name} whose weights are not in --work {self.work}: more students of it "
+                "cannot be made; choose another --results for students of a new one"
             )
         return True
 
     def commands(self, run: Run) -> list[list[str]]:
-        """What makes the run, in the order in which it is to be run."""
+        """Return the commands that make the run, in their order."""
         train = [sys.executable, str(ROOT / "main.py"), *run.command]
         if run.teacher is None:
             return [train]
@@ -80,15 +76,16 @@ class Place:
         shuffle = []
         if run.shuffled:
             source = f"{run.teacher.name}_shuffled.pth"
-            shuffle = [[sys.executable, str(ROOT / "study" / "shuffle.py"), run.teacher.checkpoint, source]]
+            shuffle = [[sys.executable, "-m", "study.shuffle", run.teacher.checkpoint, source]]
         script = str(ROOT / "weight_selection.py")
         select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", file]
         return [*shuffle, select, [*train, "--initialize", file]]
 
     def lock(self, run: Run) -> int | None:
-        """A file descriptor that holds the run's lock, or None where another call, or what it left, has it.
+        """Return a file descriptor that holds the run's lock; None if another call or its leftover process has it.
 
-        The run's processes inherit it: one that outlives a killed call keeps the next call away from its folder.
+        The run's processes inherit the descriptor. So one that outlives a killed call keeps the next call out of its
+        folder.
         """
         path = self.work / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,18 +98,21 @@ class Place:
         return descriptor
 
     def make(self, run: Run, lock: int) -> None:
-        """Carry out the run's commands, their messages in a file beside its folder, and keep its log."""
+        """Run the commands, with their messages in a file beside the run's folder, and publish the log."""
         messages = self.work / f"{run.name}.txt"
+        environment = os.environ | {"PYTHONPATH": python_path()}
         for command in self.commands(run):
             with open(messages, "a", encoding="utf-8") as file:
-                done = subprocess.run(command, cwd=self.work, stdout=file, stderr=file, pass_fds=[lock])
+                done = subprocess.run(
+                    command, cwd=self.work, env=environment, stdout=file, stderr=file, pass_fds=[lock]
+                )
             if done.returncode:
                 last = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise StudyError(f"{run.name} failed with code {done.returncode}: {' '.join(last)} (see {messages})")
-        self.keep(run)
+                raise UserError(f"{run.name} failed with code {done.returncode}: {' '.join(last)} (see {messages})")
+        self.publish(run)
 
-    def keep(self, run: Run) -> None:
-        """Copy config.json, then log.txt, by which a run counts as finished, each whole or not at all."""
+    def publish(self, run: Run) -> None:
+        """Copy config.json to `results`, then log.txt, which marks the run as finished; each whole or not at all."""
         target = self.results / run.name
         target.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "log.txt"):
@@ -121,8 +121,13 @@ class Place:
             os.replace(temporary, target / name)
 
 
-def carry_out(runs: list[Run], place: Place) -> None:
-    """Make what is missing of `runs`, in their order; what another call works on is waited for."""
+def python_path() -> str:
+    """Return the PYTHONPATH with which `-m study.shuffle` finds this code from any folder."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def make_missing(runs: list[Run], place: Place) -> None:
+    """Make the runs that are not finished, in their order, and wait for those that another call works on."""
     while left := [run for run in runs if not place.finished(run)]:
         ready = (run for run in left if run.teacher is None or place.can_teach(run.teacher))
         run, lock = next(((run, lock) for run in ready if (lock := place.lock(run)) is not None), (None, None))
@@ -130,7 +135,7 @@ def carry_out(runs: list[Run], place: Place) -> None:
             time.sleep(POLL_SECONDS)
             continue
         try:
-            if not place.finished(run):  # another call may just have ended it
+            if not place.finished(run):  # another call may have finished it before the lock was free
                 say(f"{run.name}, about {run.minutes:.0f} minutes; {len(left)} runs are left")
                 place.make(run, lock)
         finally:
@@ -142,7 +147,7 @@ def say(text: str) -> None:
 
 
 def listing(runs: list[Run], place: Place) -> str:
-    """A line for each run: its state and the minutes to expect; and those of all that is left."""
+    """Return a line for each run, with its state and the minutes to expect, and a line with the hours left."""
     lines, left = [], 0.0
     for run in runs:
         done = place.epochs_done(run)
@@ -154,76 +159,72 @@ def listing(runs: list[Run], place: Place) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="study/run.py",
+        prog="python -m study.run",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("study", choices=STUDIES)
-    add("--data", type=Path, metavar="FOLDER", help=f"with {TEACHER_DATA}/ and {STUDENT_DATA}/ in it")
+    add("--data", type=Path, metavar="FOLDER", help=f"folder with {TEACHER_DATA}/ and {STUDENT_DATA}/ in it")
     add("--work", type=Path, required=True, metavar="FOLDER", help="for weights, checkpoints and messages")
     add("--results", type=Path, metavar="FOLDER", help="for config.json and log.txt (default: results/study-<study>)")
-    add("--only", default="", metavar="REGEX", help="these runs alone, and the teachers that they need")
+    add("--only", default="", metavar="REGEX", help="only runs whose names match, and the teachers they need")
     add("--list", action="store_true", help="show each run's state and minutes, and stop")
-    add("--dry_run", action="store_true", help="show the commands of what is missing, and stop")
-    wanted = parser.parse_args(argv)
-    if not (wanted.data or wanted.list or wanted.dry_run):
+    add("--dry_run", action="store_true", help="show the commands of the missing runs, and stop")
+    options = parser.parse_args(argv)
+    if not (options.data or options.list or options.dry_run):
         parser.error("the following arguments are required: --data")
-    return wanted
+    return options
 
 
 def chosen(runs: list[Run], pattern: str) -> list[Run]:
-    """The runs whose names match, each with its teacher before it."""
+    """Return the runs whose names match, each with its teacher before it."""
     try:
         found = [run for run in runs if re.search(pattern, run.name)]
     except re.error as error:
-        raise StudyError(f"--only {pattern} is not a regular expression: {error}") from error
+        raise UserError(f"--only {pattern} is not a regular expression: {error}") from error
     if not found:
-        raise StudyError(f"--only {pattern}: no run has such a name; --list shows them")
+        raise UserError(f"--only {pattern}: no run has such a name; --list shows them")
     needed = {*found, *(run.teacher for run in found)}
     return [run for run in runs if run in needed]
 
 
 def link_data(data: Path, work: Path) -> None:
-    """Make work/data the folder of the two sets; StudyError if one is not there, or `work` has others."""
+    """Link `data` as work/data. UserError if a set is missing there, or if `work` already uses other data."""
     for name in (TEACHER_DATA, STUDENT_DATA):
         for part in ("train", "val"):
             if not (data / name / part).is_dir():
-                raise StudyError(f"--data {data}: no folder {name}/{part} in it")
+                raise UserError(f"--data {data}: no folder {name}/{part} in it")
     work.mkdir(parents=True, exist_ok=True)
     link = work / "data"
-    with contextlib.suppress(FileExistsError):  # another call's
+    with contextlib.suppress(FileExistsError):  # a call before this one made it
         link.symlink_to(data.resolve(), target_is_directory=True)
     if link.resolve() != data.resolve():
-        raise StudyError(
+        raise UserError(
             f"--data {data}: runs in --work {work} have images of {link.resolve()}; remove {link} to change them"
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after a one-line error. Usage errors exit with 2."""
-    wanted = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run is ended too
-    place = Place(wanted.work.resolve(), (wanted.results or ROOT / "results" / f"study-{wanted.study}").resolve())
-    try:
-        runs = chosen(runs_of(STUDIES[wanted.study]), wanted.only)
-        if wanted.list:
-            print(listing(runs, place))
-        elif wanted.dry_run:
-            for run in runs:
-                if not place.finished(run):
-                    print("\n".join(shlex.join(command) for command in place.commands(run)))
-        else:
-            link_data(wanted.data, place.work)
-            carry_out(runs, place)
-    except (StudyError, OSError) as error:
-        print(f"study/run.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise, so that subprocess.run ends the run as well
+    place = Place(options.work.resolve(), (options.results or ROOT / "results" / f"study-{options.study}").resolve())
+    runs = chosen(runs_of(STUDIES[options.study]), options.only)
+    if options.list:
+        print(listing(runs, place))
+    elif options.dry_run:
+        print(f"# in {place.work}, with PYTHONPATH={python_path()}")
+        for run in runs:
+            if not place.finished(run):
+                print("\n".join(shlex.join(command) for command in place.commands(run)))
+    else:
+        try:
+            link_data(options.data, place.work)
+            make_missing(runs, place)
+        except OSError as error:
+            raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -1,19 +1,23 @@
 """compare.py: every figure below is worked out by hand from the accuracies written into the runs."""
 
 import builtins
-import gzip
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import compare
+from utils import UserError
 
 ROOT = Path(compare.__file__).parent
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The folder of the test's runs."""
+    return tmp_path / "runs"
 
 
 def write_run(folder, accuracies, *, seed=0, sha256=None, processes=1, **options):
@@ -40,15 +44,28 @@ def students(tmp_path):
     return tmp_path / "students"
 
 
-def run_json(tmp_path, *arguments):
-    """The parsed --json output, after a call that must succeed."""
-    file = tmp_path / "result.json"
-    assert compare.main([*map(str, arguments), "--json", str(file)]) == 0
-    return json.loads(file.read_text())
+def groups_of(*arguments):
+    """The groups of the --json output."""
+    file = Path(arguments[0]).parent / "result.json"
+    compare.main([*map(str, arguments), "--json", str(file)])
+    return json.loads(file.read_text())["groups"]
 
 
-def test_figures_agree_with_hand_calculation(students, tmp_path):
-    random, selected = run_json(tmp_path, students)["groups"]
+def error_of(*arguments):
+    with pytest.raises(UserError) as error:
+        compare.main([*map(str, arguments)])
+    return str(error.value)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# ---- figures ----
+
+
+def test_figures_agree_with_hand_calculation(students):
+    random, selected = groups_of(students)
     assert (random["label"], selected["label"]) == ("random init", "initialize=vit.pth")
     assert (random["n"], selected["n"]) == (2, 3)
     # best: 40 and 52; last: 40 and 50; of two values the sample deviation is their difference over the root of 2
@@ -70,106 +87,99 @@ def test_figures_agree_with_hand_calculation(students, tmp_path):
 
 
 def test_table_shows_the_figures(students, capsys, tmp_path):
-    assert compare.main([str(students), "--markdown", str(tmp_path / "new" / "table.md")]) == 0
+    compare.main([str(students), "--markdown", str(tmp_path / "new" / "table.md")])
     text = capsys.readouterr().out
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:4]]
-    assert cells[0] == ["random init", "2", "46.0 ± 8.5", "45.0 ± 7.1", "–", "–"]  # noqa: RUF001
-    assert cells[1][4:] == ["1.5 ± 0.7 (1 of 3 never)", "+25.0 ± 7.1 (2 of 3 seeds)"]
+    random, selected = map(cells, text.splitlines()[2:4])
+    assert random == ["random init", "2", "46.0 ± 8.5", "45.0 ± 7.1", "–", "–"]  # noqa: RUF001
+    assert selected[4:] == ["1.5 ± 0.7 (1 of 3 never)", "+25.0 ± 7.1 (2 of 3 seeds)"]
     assert "Baseline: random init, which ends at 45.0 %" in text
     assert (tmp_path / "new" / "table.md").read_text() == text
 
 
-def test_one_seed_has_no_deviation_and_who_never_reaches_the_baseline_has_no_epochs(tmp_path, capsys):
-    write_run(tmp_path / "runs" / "a", [12.5])
-    write_run(tmp_path / "runs" / "b", [10], sha256="aa")
-    assert compare.main([str(tmp_path / "runs")]) == 0
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("|")]
-    assert cells == ["", "initialize=vit.pth", "1", "10.0", "10.0", "– (1 of 1 never)", "-2.5", ""]  # noqa: RUF001
+def test_one_seed_has_no_deviation(root, capsys):
+    write_run(root / "a", [12.5])
+    write_run(root / "b", [10], sha256="aa")
+    compare.main([str(root)])
+    line = capsys.readouterr().out.splitlines()[3]
+    assert cells(line) == ["initialize=vit.pth", "1", "10.0", "10.0", "– (1 of 1 never)", "-2.5"]  # noqa: RUF001
 
 
-def test_curve_has_the_epochs_that_all_runs_have(tmp_path):
-    write_run(tmp_path / "runs" / "whole", [10, 20, 30])
-    late = write_run(tmp_path / "runs" / "late", [0, 40, 50], seed=1, start_epoch=1)
+def test_curve_has_the_epochs_that_all_runs_have(root):
+    write_run(root / "whole", [10, 20, 30])
+    late = write_run(root / "late", [0, 40, 50], seed=1, start_epoch=1)
     (late / "log.txt").write_text("".join((late / "log.txt").read_text().splitlines(keepends=True)[1:]))
-    (group,) = run_json(tmp_path, tmp_path / "runs")["groups"]
+    (group,) = groups_of(root)
     assert (group["curve"]["epoch"], group["curve"]["mean"]) == ([1, 2], [30, 40])
 
 
-def test_runs_of_other_length_are_another_group(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10, 20, 30])
-    write_run(tmp_path / "runs" / "b", [20, 40], seed=1)
-    assert [group["label"] for group in run_json(tmp_path, tmp_path / "runs")["groups"]] == ["epochs=3", "epochs=2"]
+def test_later_line_of_an_epoch_counts(root):
+    with (write_run(root, [10, 20]) / "log.txt").open("a") as log:
+        log.write('{"epoch": 1, "test_acc1": 25}\n')
+    assert groups_of(root)[0]["last"]["mean"] == 25
 
 
-def test_places_and_machinery_do_not_part_groups_but_settings_do(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10], num_workers=2, device="cpu", save_ckpt_freq=1, data_path="/a/x")
-    write_run(tmp_path / "runs" / "b", [20], seed=1, num_workers=0, device="cuda", save_ckpt_freq=9, data_path="/b")
-    write_run(tmp_path / "runs" / "c", [30], lr=0.002, model_kwargs={"depth": 6, "embed_dim": 64})
-    labels = [group["label"] for group in run_json(tmp_path, tmp_path / "runs")["groups"]]
-    assert labels == ["lr=0.001, model_kwargs=unset", "lr=0.002, model_kwargs={depth: 6, embed_dim: 64}"]
-
-
-def test_batch_counts_by_images_of_an_update(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10], batch_size=64, update_freq=2)
-    write_run(tmp_path / "runs" / "b", [20], batch_size=32, processes=4, seed=1)
-    write_run(tmp_path / "runs" / "c", [20], batch_size=64, processes=4)
-    result = run_json(tmp_path, tmp_path / "runs")
-    assert [group["label"] for group in result["groups"]] == ["images_per_update=128", "images_per_update=256"]
-    assert result["groups"][0]["n"] == 2
-
-
-def test_folders_of_images_count_by_name(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10], data_set="image_folder", data_path="/one/birds")
-    write_run(tmp_path / "runs" / "b", [10], data_set="image_folder", data_path="/two/birds", seed=1)
-    write_run(tmp_path / "runs" / "c", [10], data_set="image_folder", data_path="/one/cars")
-    write_run(tmp_path / "runs" / "d", [10], data_set="image_folder", data_path="/one/cars", eval_data_path="/one/vans")
-    groups = run_json(tmp_path, tmp_path / "runs")["groups"]
-    assert [(group["label"], group["n"]) for group in groups] == [
-        ("data_path=birds, eval_data_path=unset", 2),
-        ("data_path=cars, eval_data_path=unset", 1),
-        ("data_path=cars, eval_data_path=vans", 1),
-    ]
-
-
-def test_initializations_count_by_sha256_and_are_told_apart_by_path(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10], sha256="aa", initialize="small/vit.pth")
-    write_run(tmp_path / "runs" / "b", [10], sha256="aa", initialize="copy/vit.pth", seed=1)
-    write_run(tmp_path / "runs" / "c", [10], sha256="bb", initialize="large/vit.pth")
-    groups = run_json(tmp_path, tmp_path / "runs")["groups"]
-    assert [(group["label"], group["n"]) for group in groups] == [
-        ("initialize=small/vit.pth", 2),
-        ("initialize=large/vit.pth", 1),
-    ]
-
-
-def test_equal_paths_of_different_files_show_their_sha256(tmp_path):
-    write_run(tmp_path / "runs" / "a", [10], sha256="a" * 64)
-    write_run(tmp_path / "runs" / "b", [10], sha256="b" * 64)
-    labels = [group["label"] for group in run_json(tmp_path, tmp_path / "runs")["groups"]]
-    assert labels == ["initialize=vit.pth (aaaaaaaa)", "initialize=vit.pth (bbbbbbbb)"]
-
-
-def test_ignored_initialize_only_parts_initialized_from_random(tmp_path, capsys):
-    write_run(tmp_path / "runs" / "a", [10])
-    write_run(tmp_path / "runs" / "b", [10], sha256="aa", seed=0)
-    write_run(tmp_path / "runs" / "c", [10], sha256="bb", seed=1)
-    groups = run_json(tmp_path, tmp_path / "runs", "--ignore", "initialize")["groups"]
-    assert [(group["label"], group["n"]) for group in groups] == [("random init", 1), ("initialize=any", 2)]
-    assert compare.main([str(tmp_path / "runs"), "--ignore", "colour"]) == 1
-    error = capsys.readouterr().err
-    assert "--ignore colour: no such setting; the settings are data_set, epochs, images_per_update" in error
-
-
-def test_lower_loss_is_better(tmp_path):
-    folder = write_run(tmp_path / "run", [1, 1, 1])
-    losses = [2.0, 0.5, 1.0]
-    lines = [json.dumps({"epoch": epoch, "test_loss": value}) for epoch, value in enumerate(losses)]
-    (folder / "log.txt").write_text("\n".join(lines))
-    base = write_run(tmp_path / "base", [1])
-    (base / "log.txt").write_text('{"epoch": 0, "test_loss": 1.5}\n')
-    group = run_json(tmp_path, base, folder, "--metric", "test_loss")["groups"][1]
+def test_lower_loss_is_better(root):
+    for name, losses in {"run": [2.0, 0.5, 1.0], "base": [1.5]}.items():
+        lines = [json.dumps({"epoch": epoch, "test_loss": value}) for epoch, value in enumerate(losses)]
+        (write_run(root / name, losses) / "log.txt").write_text("\n".join(lines))
+    group = groups_of(root / "base", root / "run", "--metric", "test_loss")[1]
     assert (group["best"]["mean"], group["last"]["mean"], group["gain"]["mean"]) == (0.5, 1, 0.5)
     assert group["epochs_to_baseline"]["mean"] == 2  # 0.5 is the first at or below the baseline's last, 1.5
+
+
+# ---- groups ----
+
+
+BIRDS, CARS = ({"data_set": "image_folder", "data_path": f"/one/{name}"} for name in ("birds", "cars"))
+LARGER = {"lr": 0.002, "model_kwargs": {"depth": 6, "embed_dim": 64}}
+
+
+@pytest.mark.parametrize(
+    ("runs", "groups"),
+    [
+        ([{}, {"epochs": 2, "seed": 1}], {"epochs=1": 1, "epochs=2": 1}),
+        (
+            # paths and the machine make no difference, settings do
+            [{"num_workers": 2, "device": "cpu", "data_path": "/a/x"}, {"num_workers": 0, "seed": 1}, LARGER],
+            {"lr=0.001, model_kwargs=unset": 2, "lr=0.002, model_kwargs={depth: 6, embed_dim: 64}": 1},
+        ),
+        (
+            [{"update_freq": 2}, {"batch_size": 32, "processes": 4, "seed": 1}, {"processes": 4}],
+            {"images_per_update=128": 2, "images_per_update=256": 1},
+        ),
+        (
+            [BIRDS, BIRDS | {"data_path": "/two/birds", "seed": 1}, CARS],
+            {"data_path=birds": 2, "data_path=cars": 1},
+        ),
+        ([CARS, CARS | {"eval_data_path": "/one/vans"}], {"eval_data_path=unset": 1, "eval_data_path=vans": 1}),
+        (
+            [
+                {"sha256": "aa", "initialize": "small/vit.pth"},
+                {"sha256": "aa", "initialize": "copy/vit.pth", "seed": 1},
+                {"sha256": "bb", "initialize": "large/vit.pth"},
+            ],
+            {"initialize=small/vit.pth": 2, "initialize=large/vit.pth": 1},
+        ),
+        (
+            [{"sha256": "a" * 64}, {"sha256": "b" * 64}],
+            {"initialize=vit.pth (aaaaaaaa)": 1, "initialize=vit.pth (bbbbbbbb)": 1},
+        ),
+    ],
+)
+def test_settings_tell_groups_apart(root, runs, groups):
+    for number, options in enumerate(runs):
+        write_run(root / str(number), [10] * options.get("epochs", 1), **options)
+    assert {group["label"]: group["n"] for group in groups_of(root)} == groups
+
+
+def test_ignored_initialize_keeps_random_init_apart(root):
+    write_run(root / "a", [10])
+    write_run(root / "b", [10], sha256="aa", seed=0)
+    write_run(root / "c", [10], sha256="bb", seed=1)
+    groups = groups_of(root, "--ignore", "initialize")
+    assert [(group["label"], group["n"]) for group in groups] == [("random init", 1), ("initialize=any", 2)]
+    error = error_of(root, "--ignore", "colour")
+    assert "--ignore colour: no such setting; the settings are data_set, epochs, images_per_update" in error
 
 
 @pytest.mark.parametrize("by", ["label", "folder", "run"])
@@ -177,17 +187,16 @@ def test_baseline_is_the_named_group(students, tmp_path, by):
     folder = tmp_path / "elsewhere"
     write_run(folder / "lr", [90, 90, 90], lr=0.5)
     wanted = {"label": "random init, lr=0.5", "folder": folder, "run": folder / "lr"}[by]
-    groups = run_json(tmp_path, students, folder, "--baseline", wanted)["groups"]
+    groups = groups_of(students, folder, "--baseline", wanted)
     assert [group["baseline"] for group in groups] == ["random init, lr=0.5"] * 3
     assert groups[0]["label"] == "random init, lr=0.5"
 
 
-def test_each_model_and_data_set_has_a_baseline_of_its_own(students, tmp_path, capsys):
-    other = tmp_path / "other"
-    write_run(other / "a", [1, 2, 4], sha256="bb", data_set="CIFAR100")
-    write_run(other / "b", [1, 2, 3], data_set="CIFAR100")
-    write_run(other / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # which has no run of random values
-    groups = run_json(tmp_path, students, other)["groups"]
+def test_each_model_and_data_set_has_its_own_baseline(students, root, capsys):
+    write_run(root / "a", [1, 2, 4], sha256="bb", data_set="CIFAR100")
+    write_run(root / "b", [1, 2, 3], data_set="CIFAR100")
+    write_run(root / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # without a run of random init
+    groups = groups_of(students, root)
     digits, cifar = "random init, data_set=digits, model=unset", "random init, data_set=CIFAR100, model=unset"
     assert [group["baseline"] for group in groups][2:] == [cifar, cifar, groups[4]["label"]]
     assert [group["label"] for group in groups][::2] == [digits, cifar, groups[4]["label"]]
@@ -195,33 +204,27 @@ def test_each_model_and_data_set_has_a_baseline_of_its_own(students, tmp_path, c
     assert f"Baseline: {digits}, which ends at 45.0 %; {cifar}, which ends at 3.0 %; init" in capsys.readouterr().out
 
 
-def test_unknown_baseline_is_one_line_naming_the_groups(students, capsys):
-    assert compare.main([str(students), "--baseline", "nothing"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+def test_unknown_baseline_is_an_error_naming_the_groups(students):
+    error = error_of(students, "--baseline", "nothing")
     assert "--baseline nothing" in error and "random init; initialize=vit.pth" in error
 
 
-def test_a_run_named_twice_counts_once(tmp_path, capsys):
-    folder = write_run(tmp_path / "runs" / "a", [10])
-    assert run_json(tmp_path, folder, tmp_path / "runs", folder)["groups"][0]["n"] == 1
+def test_a_run_named_twice_counts_once(root, capsys):
+    folder = write_run(root / "a", [10])
+    assert groups_of(folder, root, folder)[0]["n"] == 1
     assert capsys.readouterr().err == ""
 
 
-def test_repeated_seed_is_left_out_with_a_warning(tmp_path, capsys):
-    write_run(tmp_path / "runs" / "a", [10])
-    write_run(tmp_path / "runs" / "b", [20])
-    (group,) = run_json(tmp_path, tmp_path / "runs")["groups"]
+def test_repeated_seed_is_left_out_with_a_warning(root, capsys):
+    write_run(root / "a", [10])
+    write_run(root / "b", [20])
+    (group,) = groups_of(root)
     assert group["n"] == 1 and group["last"]["mean"] == 10
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "runs/b is left out: settings and seed 0 are those of" in error
 
 
-def test_later_line_of_an_epoch_counts(tmp_path):
-    folder = write_run(tmp_path / "run", [10, 20])
-    with (folder / "log.txt").open("a") as log:
-        log.write('{"epoch": 1, "test_acc1": 25}\n')
-    assert run_json(tmp_path, folder)["groups"][0]["last"]["mean"] == 25
+# ---- what is wrong ----
 
 
 @pytest.mark.parametrize(
@@ -241,29 +244,27 @@ def test_later_line_of_an_epoch_counts(tmp_path):
         ("config.json", None, "config.json: No such file"),
     ],
 )
-def test_unusable_run_is_named_and_the_others_are_compared(tmp_path, capsys, file, content, reason):
-    write_run(tmp_path / "runs" / "good", [10, 20])
-    path = write_run(tmp_path / "runs" / "bad", [20, 30], seed=1) / file
+def test_unusable_run_is_named_and_the_others_compared(root, capsys, file, content, reason):
+    write_run(root / "good", [10, 20])
+    path = write_run(root / "bad", [20, 30], seed=1) / file
     path.unlink()
     if content is not None:
         path.write_text(content, encoding="latin-1")
-    assert run_json(tmp_path, tmp_path / "runs")["groups"][0]["n"] == 1
+    assert groups_of(root)[0]["n"] == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"runs/bad is left out: {reason}" in error
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty"])
-def test_path_without_runs_is_one_line_and_code_1(tmp_path, capsys, kind):
+def test_path_without_runs_is_an_error(tmp_path, kind):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    assert compare.main([str(tmp_path / kind)]) == 1
-    assert capsys.readouterr().err.startswith(f"compare.py: error: {tmp_path / kind}: no run in it or below it")
+    assert error_of(tmp_path / kind).startswith(f"{tmp_path / kind}: no run in it or below it")
 
 
-def test_only_unusable_runs_are_an_error(tmp_path, capsys):
-    write_run(tmp_path / "run", [10], epochs=5)
-    assert compare.main([str(tmp_path)]) == 1
-    assert "no finished run with test_acc1 is left to compare" in capsys.readouterr().err
+def test_only_unusable_runs_are_an_error(root):
+    write_run(root, [10], epochs=5)
+    assert error_of(root) == "no finished run with test_acc1 is left to compare"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--plot", "curves.txt", "run"], ["run", "--colour"]])
@@ -273,20 +274,19 @@ def test_usage_errors_end_with_code_2(arguments):
     assert exit_.value.code == 2
 
 
-def test_unwritable_output_is_one_line(students, tmp_path, capsys):
+def test_unwritable_output_is_an_error_naming_the_file(students, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert compare.main([str(students), "--json", str(tmp_path / "file" / "result.json")]) == 1
-    assert "file" in capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / "file") in error_of(students, "--json", tmp_path / "file" / "result.json")
 
 
 def test_plot_is_a_picture(students, tmp_path):
     pytest.importorskip("matplotlib")
     write_run(students / "odd", [1, 2, 3], lr=5, aa="$x^{ | a rather long value that has to be wrapped in the legend")
-    assert compare.main([str(students), "--plot", str(tmp_path / "new" / "curves.png")]) == 0
+    compare.main([str(students), "--plot", str(tmp_path / "new" / "curves.png")])
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_missing_matplotlib_is_named(students, tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_is_named(students, tmp_path, monkeypatch):
     real_import = builtins.__import__
 
     def without_matplotlib(name, *rest):
@@ -295,36 +295,27 @@ def test_missing_matplotlib_is_named(students, tmp_path, capsys, monkeypatch):
         return real_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    assert compare.main([str(students), "--plot", str(tmp_path / "curves.png")]) == 1
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install matplotlib" in error_of(students, "--plot", tmp_path / "curves.png")
+
+
+def run_script(*arguments, encoding="utf-8"):
+    """Run the script in a process of its own on a terminal of this encoding, where only Python itself is installed."""
+    code = (
+        "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'numpy', 'matplotlib')); "
+        "runpy.run_path('compare.py', run_name='__main__')"
+    )
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True)
 
 
 @pytest.mark.parametrize(("encoding", "sign"), [("utf-8", "±"), ("latin-1", "±"), ("ascii", "?")])
-def test_script_runs_without_torch_and_matplotlib_on_any_terminal(students, encoding, sign):
-    code = "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'matplotlib')); runpy.run_path('compare.py', run_name='__main__')"
-    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", code, students], cwd=ROOT, env=environment, capture_output=True)
+def test_script_runs_on_plain_python_and_any_terminal(students, encoding, sign):
+    done = run_script(students, encoding=encoding)
     assert done.returncode == 0, done.stderr.decode()
     assert f"46.0 {sign} 8.5" in done.stdout.decode(encoding)
 
 
-def test_demo_data_has_equal_classes_in_the_original_format():
-    raw = ROOT / "demo" / "data" / "FashionMNIST" / "raw"
-    for split, per_class in (("train", 1200), ("t10k", 200)):
-        labels = gzip.decompress((raw / f"{split}-labels-idx1-ubyte.gz").read_bytes())
-        images = gzip.decompress((raw / f"{split}-images-idx3-ubyte.gz").read_bytes())
-        assert labels[:4] == bytes([0, 0, 8, 1]) and images[:4] == bytes([0, 0, 8, 3])
-        assert np.bincount(np.frombuffer(labels[8:], np.uint8)).tolist() == [per_class] * 10
-        assert np.frombuffer(images[4:16], ">i4").tolist() == [10 * per_class, 28, 28]
-        assert len(images) == 16 + 10 * per_class * 28 * 28
-
-
-def test_subset_is_balanced_ordered_and_repeatable():
-    spec = importlib.util.spec_from_file_location("make_subset", ROOT / "demo" / "make_subset.py")
-    make_subset = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_subset)
-    labels = np.arange(200) % 10
-    kept = make_subset.pick(labels, 3, seed=1)
-    assert np.bincount(labels[kept]).tolist() == [3] * 10
-    assert np.all(np.diff(kept) > 0)
-    assert np.array_equal(kept, make_subset.pick(labels, 3, seed=1))
+def test_error_of_the_script_is_one_line_and_code_1(tmp_path):
+    done = run_script(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.decode().count("\n") == 1 and f"error: {tmp_path}: no run in it" in done.stderr.decode()

@@ -1,14 +1,18 @@
-"""study/make_data.py lays out the public sets as folders of classes, whole or not at all."""
+"""The study's two public sets become folders of classes, whole or not at all; the demo's data is a balanced subset."""
 
+import gzip
 import hashlib
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import make_data
+from demo import make_subset
+from study import make_data
+from utils import UserError
 
 CLASSES = [f"kind{number}" for number in range(10)]
 GREY = 100
@@ -53,7 +57,7 @@ def files(folder):
 
 
 def test_both_sets_become_folders_of_classes(downloaded, capsys):
-    assert make_data.main([str(downloaded)]) == 0
+    make_data.main([str(downloaded)])
     cifar, tiny = downloaded / "cifar10-jpeg", downloaded / "tiny-imagenet-200"
     labels = [1, 2, 3, 3, 3, 3, 3, 3, 4, 5]
     assert files(cifar) == [
@@ -75,20 +79,39 @@ def test_both_sets_become_folders_of_classes(downloaded, capsys):
     assert "12 images" in capsys.readouterr().out
 
 
-def test_a_set_that_is_there_is_left_and_an_unfinished_one_is_made_anew(downloaded):
+def test_a_whole_set_is_left_and_an_unfinished_one_made_anew(downloaded):
     (downloaded / "cifar10-jpeg").mkdir()
     (downloaded / "tiny-imagenet-200.tmp" / "train" / "n09").mkdir(parents=True)
-    assert make_data.main([str(downloaded)]) == 0
+    make_data.main([str(downloaded)])
     assert not files(downloaded / "cifar10-jpeg")
     assert not (downloaded / "tiny-imagenet-200" / "train" / "n09").exists()
     assert len(files(downloaded / "tiny-imagenet-200")) == 6
 
 
-def test_a_download_that_fails_is_one_line_and_leaves_no_set(downloaded, monkeypatch, capsys):
+def test_a_download_that_fails_is_an_error_and_leaves_no_set(downloaded, monkeypatch):
     def refused(*_, **__):
         raise OSError("no route to the host")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", refused)
-    assert make_data.main([str(downloaded)]) == 1
-    assert capsys.readouterr().err == "study/make_data.py: error: no route to the host\n"
+    with pytest.raises(UserError, match="^no route to the host$"):
+        make_data.main([str(downloaded)])
     assert (downloaded / "cifar10-jpeg").exists() and not (downloaded / "tiny-imagenet-200").exists()
+
+
+def test_demo_data_has_equal_classes_in_the_original_format():
+    raw = Path(make_subset.__file__).parent / "data" / "FashionMNIST" / "raw"
+    for split, per_class in (("train", 1200), ("t10k", 200)):
+        labels = gzip.decompress((raw / f"{split}-labels-idx1-ubyte.gz").read_bytes())
+        images = gzip.decompress((raw / f"{split}-images-idx3-ubyte.gz").read_bytes())
+        assert labels[:4] == bytes([0, 0, 8, 1]) and images[:4] == bytes([0, 0, 8, 3])
+        assert np.bincount(np.frombuffer(labels[8:], np.uint8)).tolist() == [per_class] * 10
+        assert np.frombuffer(images[4:16], ">i4").tolist() == [10 * per_class, 28, 28]
+        assert len(images) == 16 + 10 * per_class * 28 * 28
+
+
+def test_subset_is_balanced_ordered_and_repeatable():
+    labels = np.arange(200) % 10
+    kept = make_subset.pick(labels, 3, seed=1)
+    assert np.bincount(labels[kept]).tolist() == [3] * 10
+    assert np.all(np.diff(kept) > 0)
+    assert np.array_equal(kept, make_subset.pick(labels, 3, seed=1))

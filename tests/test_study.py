@@ -1,4 +1,4 @@
-"""The study runs what is missing through the two scripts, may be stopped by any signal, and reports from logs alone."""
+"""The study runs what is missing with the two scripts, survives any signal, and reports from logs alone."""
 
 import json
 import os
@@ -13,16 +13,20 @@ import pytest
 import torch
 from conftest import read_log, write_images
 
-import arms
 import main
 import options
-import report
-import run
-import shuffle
 import weight_selection
+from study import arms, report, run, shuffle
+from utils import UserError
 from weightfiles.read import read_weights
 
-STUDY = Path(__file__).parents[1] / "study"
+ROOT = Path(__file__).parents[1]
+
+
+def error_of(script, *arguments):
+    with pytest.raises(UserError) as error:
+        script.main([*map(str, arguments)])
+    return str(error.value)
 
 
 # ---- what there is to run ----
@@ -41,7 +45,7 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
     assert capsys.readouterr().out.count('"family"') == len(planned)
 
 
-def test_a_teacher_comes_before_its_students_and_each_run_once():
+def test_teachers_come_before_their_students_and_runs_once():
     names = [each.name for each in arms.runs_of(arms.STUDIES["cpu"])]
     assert len(names) == len(set(names)) == 4 + 4 * 9 + 3 * (5 + 3 + 4 + 2)
     assert names.index("vit/teacher") < names.index("vit/full/selected-0")
@@ -55,14 +59,13 @@ def test_a_row_for_a_gpu_and_its_teacher_fit_into_25_minutes():
 
 
 def test_only_takes_the_teacher_that_is_needed():
-    runs = arms.runs_of(arms.STUDIES["cpu"])
-    assert [each.name for each in run.chosen(runs, "vit/tenth/wide_keep-1")] == [
-        "vit/wide_teacher",
-        "vit/tenth/wide_keep-1",
-    ]
-    assert [each.name for each in run.chosen(runs, "vit/full/random-2$")] == ["vit/full/random-2"]
-    with pytest.raises(run.StudyError, match="--only keep_all: no run has such a name"):
-        run.chosen(runs, "keep_all")
+    def names(pattern):
+        return [each.name for each in run.chosen(arms.runs_of(arms.STUDIES["cpu"]), pattern)]
+
+    assert names("vit/tenth/wide_keep-1") == ["vit/wide_teacher", "vit/tenth/wide_keep-1"]
+    assert names("vit/full/random-2$") == ["vit/full/random-2"]
+    with pytest.raises(UserError, match="--only keep_all: no run has such a name"):
+        names("keep_all")
 
 
 # ---- running ----
@@ -92,18 +95,23 @@ def call(tmp_path, monkeypatch):
     return ["cpu", "--data", str(tmp_path / "images"), "--work", folders["work"], "--results", folders["results"]]
 
 
+SCRIPTS = {"main.py": main, "weight_selection.py": weight_selection, "study.shuffle": shuffle}
+
+
 def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkeypatch, capsys):
     commands = []
 
-    def in_process(command, *, cwd, **_):
+    def in_process(command, *, cwd, env, **_):
         monkeypatch.chdir(cwd)
-        commands.append(Path(command[1]).stem)
-        {"main": main, "weight_selection": weight_selection, "shuffle": shuffle}[commands[-1]].main(command[2:])
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+        _, script, *arguments = [word for word in command if word != "-m"]
+        commands.append(Path(script).name)
+        SCRIPTS[commands[-1]].main(arguments)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=in_process))
-    assert run.main(call) == 0
-    assert commands == ["main", "main", "shuffle", "weight_selection", "main"]
+    run.main(call)
+    assert commands == ["main.py", "main.py", "study.shuffle", "weight_selection.py", "main.py"]
     for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
         assert [line["epoch"] for line in read_log(tmp_path / "results" / name)] == [0]
         config = (tmp_path / "results" / name / "config.json").read_text()
@@ -111,24 +119,25 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkey
     assert json.loads(config)["initialization"]["teacher"]["file"] == "vit/teacher_shuffled.pth"
     assert {file.name for file in (tmp_path / "results").rglob("*") if file.is_file()} == {"config.json", "log.txt"}
 
-    assert run.main(call) == 0 and len(commands) == 5
+    run.main(call)
+    assert len(commands) == 5
     (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()  # as if stopped before it was copied
     capsys.readouterr()
-    assert run.main([*call, "--list"]) == 0
+    run.main([*call, "--list"])
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     names = ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
     assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
-    assert run.main(call) == 0
-    assert commands[5:] == ["shuffle", "weight_selection", "main"]
+    run.main(call)
+    assert commands[5:] == ["study.shuffle", "weight_selection.py", "main.py"]
     assert [line["epoch"] for line in read_log(tmp_path / "results" / names[2])] == [0]
 
 
-def test_logs_of_a_teacher_are_not_replaced_by_those_of_a_new_one(call, tmp_path, monkeypatch, capsys):
+def test_logs_of_a_teacher_are_not_replaced_by_a_new_ones(call, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("a command was run")))
     for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
         (tmp_path / "results" / name).mkdir(parents=True)
         (tmp_path / "results" / name / "log.txt").write_text('{"epoch": 0}\n')
-    assert run.main(call) == 0  # nothing is missing: its weights are not needed
+    run.main(call)  # nothing is missing: its weights are not needed
     (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()
     teacher = tmp_path / "work" / "vit" / "teacher"
     for text in (None, "of another\n"):
@@ -136,31 +145,26 @@ def test_logs_of_a_teacher_are_not_replaced_by_those_of_a_new_one(call, tmp_path
             teacher.mkdir(parents=True)
             (teacher / "checkpoint-0.pth").touch()
             (teacher / "log.txt").write_text(text)
-        assert run.main(call) == 1
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "is of a vit/teacher whose weights are not in --work" in error
+        assert "is of a vit/teacher whose weights are not in --work" in error_of(run, *call)
 
 
-def test_a_folder_of_work_keeps_its_images(call, tmp_path, capsys):
+def test_a_folder_of_work_keeps_its_images(call, tmp_path):
     run.link_data(tmp_path / "images", tmp_path / "work")
     run.link_data(tmp_path / "images", tmp_path / "work")
     (tmp_path / "images").rename(tmp_path / "moved")
-    assert run.main([*call[:2], str(tmp_path / "moved"), *call[3:]]) == 1
-    assert f"have images of {tmp_path / 'images'}" in capsys.readouterr().err
+    assert f"have images of {tmp_path / 'images'}" in error_of(run, *call[:2], tmp_path / "moved", *call[3:])
 
 
 @pytest.fixture
 def hanging(call, tmp_path):
-    """Starts the tiny study with a main.py that hangs; returns its process, and the number of the hanging one."""
+    """Start the tiny study with a main.py that hangs; return its process and the hanging one's id."""
     (tmp_path / "code").mkdir()
     os.mkfifo(tmp_path / "started")
-    hang = f"import os, signal\nwith open({str(tmp_path / 'started')!r}, 'w') as file:\n    file.write(str(os.getpid()))\nsignal.pause()\n"
-    (tmp_path / "code" / "main.py").write_text(hang)
-    start = (
-        f"import pathlib, sys; sys.path.insert(0, {str(STUDY)!r}); import run; run.ROOT = pathlib.Path({str(tmp_path / 'code')!r}); "
-        f"sys.exit(run.main({[*call, '--only', 'random-0']!r}))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL)
+    hang = "import os, pathlib, signal; pathlib.Path({!r}).write_text(str(os.getpid())); signal.pause()"
+    (tmp_path / "code" / "main.py").write_text(hang.format(str(tmp_path / "started")))
+    start = "import pathlib; from study import run; run.ROOT = pathlib.Path({!r}); run.main({!r})"
+    start = start.format(str(tmp_path / "code"), [*call, "--only", "random-0"])
+    process = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.DEVNULL)
     with open(tmp_path / "started") as file:  # waits until main.py writes
         hanging = int(file.read())
     yield process, hanging
@@ -190,27 +194,31 @@ def test_what_a_killed_study_left_behind_keeps_its_folder(hanging, tmp_path):
         os.kill(left_behind, signal.SIGKILL)
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_line(call, tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_ends_the_study_with_its_last_line(call, tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "main.py").write_text("import sys; print('first'); sys.exit('main.py: error: no such model')")
     monkeypatch.setattr(run, "ROOT", tmp_path / "code")
-    assert run.main(call) == 1
-    error = capsys.readouterr().err
-    assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error
-    assert len(error.splitlines()) == 1
+    assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error_of(run, *call)
 
 
-def test_missing_data_is_one_line(call, tmp_path, capsys):
-    assert run.main(["cpu", "--data", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
-    assert f"--data {tmp_path}: no folder {arms.TEACHER_DATA}/train in it" in capsys.readouterr().err
+def test_missing_data_is_named(tmp_path):
+    error = error_of(run, "cpu", "--data", tmp_path, "--work", tmp_path / "work")
+    assert error == f"--data {tmp_path}: no folder {arms.TEACHER_DATA}/train in it"
+
+
+def test_a_folder_that_cannot_be_made_is_named(call, tmp_path):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in error_of(run, *call[:3], "--work", tmp_path / "file" / "work")
 
 
 def test_shuffling_keeps_each_tensors_values(tmp_path):
     generator = torch.Generator().manual_seed(1)
     tensors = {"a": torch.randn(6, 50, generator=generator), "b": torch.randn(300, generator=generator)}
     torch.save(tensors, tmp_path / "teacher.pth")
-    for file, seed in (("x", 0), ("y", 0), ("z", 1)):
+    for file, seed in (("x", 0), ("z", 1)):
         shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", str(seed)])
+    command = [sys.executable, "-m", "study.shuffle", "teacher.pth", "y"]  # as a study runs it, from its folder
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": run.python_path()}, check=True)
     x, y, z = (read_weights(tmp_path / file) for file in "xyz")
     for key, tensor in tensors.items():
         assert x[key].shape == tensor.shape
@@ -224,7 +232,7 @@ def test_shuffling_keeps_each_tensors_values(tmp_path):
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Writes a finished run of the study with this accuracy in each epoch; more options can be set."""
+    """Return a function that writes a finished run of the study with this accuracy in each epoch."""
 
     def write(name, accuracies, *, root="study", **changes):
         arm, _, seed = name.partition("-")
@@ -241,12 +249,23 @@ def write_run(tmp_path):
     return write
 
 
+@pytest.fixture
+def tables(tmp_path, capsys):
+    """Return a function that makes the report of these folders and returns what it prints."""
+    pytest.importorskip("matplotlib")
+
+    def make(*roots):
+        report.main([str(tmp_path / root) for root in roots or ["study"]])
+        return capsys.readouterr().out
+
+    return make
+
+
 def rows_of(text):
     return [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| [")]
 
 
-def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tables, tmp_path):
     rising = [10, 11, 20, 21, 22, 23, 24, 25, 26]
     write_run("vit/teacher", [5, 7.25])
     write_run("vit/full/random-0", [*rising, 30])
@@ -255,8 +274,7 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path,
     write_run("vit/full/selected-1", [14, 18, 31, 32, *rising[4:], 42])
     write_run("vit/full/selected-2", [13, 16, 32, *rising[3:], 41])
     write_run("vit/full/keep-0", [*rising, 41])
-    assert report.main([str(tmp_path / "study")]) == 0
-    text = capsys.readouterr().out
+    text = tables()
     assert text == (tmp_path / "study" / "tables.md").read_text()
     section = "[vit/full](vit/full)"
     selected = ["13.0 ± 1.0", "32.0 ± 1.0", "41.0 ± 1.0"]
@@ -274,70 +292,60 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tmp_path,
     assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
 
 
-def test_pairs_are_compared_seed_by_seed(write_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_pairs_are_compared_seed_by_seed(write_run, tables):
     for arm, finals in {"random": [10, 20], "shuffled": [30, 41], "selected": [33, 43, 90]}.items():
         for seed, final in enumerate(finals):
             write_run(f"vit/tenth/{arm}-{seed}", [1, 2, final])
-    assert report.main([str(tmp_path / "study")]) == 0
-    (line,) = re.findall(r"^\| vit/tenth .*", capsys.readouterr().out, re.M)
+    (line,) = re.findall(r"^\| vit/tenth .*", tables(), re.M)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 3 epochs: a tenth and a third are the first; 33 - 30 and 43 - 41 at the end
     assert cells[1:] == ["weight selection above shuffled teacher", "2", "+0.0 ± 0.0", "+0.0 ± 0.0", "+2.5 ± 0.7"]
 
 
-def test_an_arm_of_two_teachers_is_refused(write_run, tmp_path, capsys):
+def replace_in_config(tmp_path, name, old, new):
+    config = tmp_path / "study" / name / "config.json"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+
+
+def test_an_arm_of_two_teachers_is_refused(write_run, tmp_path):
     for seed in (0, 1):
-        write_run(f"vit/full/random-{seed}", [30])
-        write_run(f"vit/full/selected-{seed}", [40])
-        write_run(f"vit/full/random_slots-{seed}", [40])
-    config = tmp_path / "study" / "vit" / "full" / "selected-1" / "config.json"
-    drawn = config.parents[1] / "random_slots-1" / "config.json"
-    drawn.write_text(
-        drawn.read_text().replace('"sha256": "vit/full/random_slots"', '"sha256": "other"')
-    )  # as its draws are
-    config.write_text(config.read_text().replace('"sha256": "vit/full/selected"', '"sha256": "other"'))
-    assert report.main([str(tmp_path / "study")]) == 1
-    assert "selected-1 cannot stand together: they inherit from two teachers" in capsys.readouterr().err
+        for arm in ("random", "selected", "random_slots"):
+            write_run(f"vit/full/{arm}-{seed}", [30])
+    for arm in ("random_slots", "selected"):  # the first draws anew for each seed, so its weights may differ
+        replace_in_config(tmp_path, f"vit/full/{arm}-1", f'"sha256": "vit/full/{arm}"', '"sha256": "other"')
+    error = error_of(report, tmp_path / "study")
+    assert "selected-1 cannot be compared: they inherit from two teachers" in error
 
 
-def test_machines_are_listed_with_what_ran_on_them(write_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    write_run("vit/full/random-0", [30])
-    write_run("vit/full/selected-0", [40])
-    write_run("vit/teacher", [5])
-    config = tmp_path / "study" / "vit" / "teacher" / "config.json"
-    revision = "0123456789abcdef-dirty"
-    config.write_text(config.read_text().replace('"torch": "2"', '"torch": "3"').replace('"abc"', f'"{revision}"'))
-    assert report.main([str(tmp_path / "study")]) == 0
-    text = capsys.readouterr().out
+def test_machines_are_listed_with_what_ran_on_them(write_run, tables, tmp_path):
+    for name, accuracy in {"vit/full/random-0": 30, "vit/full/selected-0": 40, "vit/teacher": 5}.items():
+        write_run(name, [accuracy])
+    replace_in_config(tmp_path, "vit/teacher", '"torch": "2"', '"torch": "3"')
+    replace_in_config(tmp_path, "vit/teacher", '"abc"', '"0123456789abcdef-dirty"')
+    text = tables()
     assert "- Ran on cpu, 1 process, 2 threads, torch 2, timm 1: vit/full." in text
     assert "- Ran on cpu, 1 process, 2 threads, torch 3, timm 1: vit/teacher." in text
     assert "- Code: `0123456789ab-dirty`, `abc`." in text
 
 
-def test_sittings_in_several_folders_are_taken_together(write_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_results_of_several_folders_are_taken_together(write_run, tables, tmp_path):
     write_run("vit/full/random-0", [30])
     write_run("vit/full/selected-0", [40], root="second")
-    folders = [str(tmp_path / root) for root in ("study", "second")]
-    assert report.main(folders) == 0
-    first, second = rows_of(capsys.readouterr().out)
+    first, second = rows_of(tables("study", "second"))
     assert first[0] == "[vit/full](vit/full)" and second[0] == "[vit/full](../second/vit/full)"
     assert second[-2] == "+10.0"
     write_run("vit/full/random-0", [31], root="second")
-    assert report.main(folders) == 1
-    assert "second/vit/full/random-0 are the same seed 0 of an arm" in capsys.readouterr().err
+    error = error_of(report, tmp_path / "study", tmp_path / "second")
+    assert "second/vit/full/random-0 are the same seed 0 of an arm" in error
 
 
-def test_runs_of_other_settings_are_not_compared(write_run, tmp_path, capsys):
+def test_runs_of_other_settings_are_not_compared(write_run, tmp_path):
     write_run("vit/full/random-0", [30])
     write_run("vit/full/selected-0", [40], lr=1e-3)
-    assert report.main([str(tmp_path / "study")]) == 1
-    assert "cannot be compared: they differ in lr" in capsys.readouterr().err
+    assert "cannot be compared: they differ in lr" in error_of(report, tmp_path / "study")
 
 
-def test_a_study_without_a_pair_is_one_line(write_run, tmp_path, capsys):
+def test_a_study_without_a_pair_is_an_error(write_run, tmp_path):
     write_run("vit/full/random-0", [30])
-    assert report.main([str(tmp_path / "study")]) == 1
-    assert capsys.readouterr().err == "study/report.py: error: no run of random init and of another start yet\n"
+    assert error_of(report, tmp_path / "study") == "no arm has both runs and runs of its baseline yet"
