@@ -1,6 +1,6 @@
-"""The options of both scripts: names, types, defaults, and the checks that need no data and no model.
+"""The options of both scripts: names, types, defaults, and the checks that need neither data nor model.
 
-Standard library only, and read before torch is imported, so that `-h` and usage errors answer at once.
+Standard library only, and imported before torch, so that `-h` and usage errors answer at once.
 """
 
 import argparse
@@ -12,17 +12,17 @@ DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
 SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
-# what may differ when a run is resumed: the rest decides the weights that come out; bad_images too, but up to the first
-# bad image, which ends a run with one value, both give the same
+# What may change when a run is resumed. Every other option decides which weights come out. bad_images is here because
+# both its values give the same weights up to the first bad image, which ends a run with `fail`.
 FREE_ON_RESUME = frozenset(
-    "auto_resume bad_images data_path device disable_eval dist_eval dist_on_itp dist_timeout dist_url enable_wandb eval "
-    "eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project resplit resume save_ckpt "
-    "save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch wandb_ckpt world_size".split()
+    "auto_resume bad_images data_path device disable_eval dist_eval dist_on_itp dist_timeout dist_url enable_wandb "
+    "eval eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project resplit resume "
+    "save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch wandb_ckpt world_size".split()
 )
 
 
 def boolean(text: str) -> bool:
-    """true/false, yes/no, t/f, y/n or 1/0, in any case."""
+    """Parse true/false, yes/no, t/f, y/n or 1/0, in any case."""
     if text.lower() in ("yes", "true", "t", "y", "1"):
         return True
     if text.lower() in ("no", "false", "f", "n", "0"):
@@ -31,7 +31,7 @@ def boolean(text: str) -> bool:
 
 
 def keyword(text: str) -> tuple[str, object]:
-    """`name=value`, the value as a Python literal or else as text: `depth=6`, `act_layer=gelu`."""
+    """Parse `name=value`, the value as a Python literal or else as text: `depth=6`, `act_layer=gelu`."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
@@ -42,14 +42,14 @@ def keyword(text: str) -> tuple[str, object]:
 
 
 class Keywords(argparse.Action):
-    """Collects `name=value …` into a dict."""
+    """Collect `name=value …` into a dict."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **dict(values)})
 
 
 def number(kind: type, low: float, high: float = float("inf")):
-    """A parser for numbers of `kind` from `low` to `high`, both included."""
+    """Return a parser for numbers of `kind` from `low` to `high`, both included."""
 
     def parse(text: str):
         value = kind(text)
@@ -67,7 +67,7 @@ def _keywords(group, name: str, help: str) -> None:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to every help text that can use it."""
+    """Add the default to every help text that has a use for it."""
 
     def _get_help_string(self, action):
         if action.default in (None, "", {}) or "default" in (action.help or ""):
@@ -80,55 +80,17 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program, description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-# ---- weight_selection.py ----
-
-
 def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """The validated options of weight_selection.py; ends the process with code 2 on a usage error."""
-    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
-    add = parser.add_argument
-    add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
-
-    group = parser.add_argument_group("the two models")
-    add = group.add_argument
-    add("--model_type", choices=SELECTION_FAMILIES, help="family; picks a pair of models where none is named "
-        "(default: vit, from ViT-S to ViT-T)")  # fmt: skip
-    add("--pretrained_model", metavar="NAME", help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours "
-        "(default: vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")  # fmt: skip
-    add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
-        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz, or a checkpoint of main.py")  # fmt: skip
-    add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
-    _keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for one that is not a stock size")
-    add("--student_model", metavar="NAME", help="any smaller model of the same family")
-    _keywords(group, "--student_kwargs", "arguments of the student's constructor")
-
-    add = parser.add_argument_group("what is taken").add_argument
-    add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
-        help="which of the teacher's layers, in each stage")  # fmt: skip
-    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude"),
-        default="uniform", help="which slots of each axis group; random_inconsistent: each tensor for itself; "
-        "magnitude: those with the largest weights")  # fmt: skip
-    add("--heads", choices=("blend", "keep"), help="a student's head takes slots of several of the teacher's, or a whole "
-        "head (default: blend, as in the paper; keep where heads cannot be mixed)")  # fmt: skip
-    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="of the random rules")
-    add("--include_head", type=boolean, nargs="?", const=True, default=False,
-        help="take the classifier too; the numbers of classes have to agree")  # fmt: skip
-
-    add = parser.add_argument_group("a look at the plan").add_argument
-    add("--plan", action="store_true", help="print what would be taken, as JSON, and stop; reads no weights, but for "
-        "--element_selection magnitude")  # fmt: skip
-    add("--plot", metavar="FILE.png", help="draw it")
+    """Return the validated options of weight_selection.py; end the process with code 2 on a usage error."""
+    parser = _selection_parser()
     options = parser.parse_args(argv)
     if not (options.output_dir or options.plan):
         parser.error("the following arguments are required: --output_dir")
     return options
 
 
-# ---- main.py ----
-
-
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """The validated options of main.py; ends the process with code 2 on a usage error."""
+    """Return the validated options of main.py; end the process with code 2 on a usage error."""
     parser = _training_parser()
     options = parser.parse_args(argv)
     problem = _first_conflict(options)
@@ -138,23 +100,66 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def training_defaults() -> dict:
-    """The value of each option of main.py that is not given."""
+    """Return the default of each option of main.py."""
     return vars(_training_parser().parse_args([]))
 
 
 def without_effect(options: argparse.Namespace) -> list[str]:
-    """The options of the original that were given and that this version accepts only for its old command lines."""
+    """Return the given options that have no effect, which are accepted because the original has them."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
     return [f"--{name}" for name, default in idle.items() if getattr(options, name) != default]
 
 
 def mixes(options: argparse.Namespace) -> bool:
-    """Whether batches are mixed, by mixup or by cutmix."""
+    """Return whether mixup or cutmix mixes the batches."""
     return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
 
 
+# The tables below are laid out by hand, an option or a check per line where it fits.
+# fmt: off
+
+
+def _selection_parser() -> argparse.ArgumentParser:
+    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
+    add = parser.add_argument
+    add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
+
+    group = parser.add_argument_group("the two models")
+    add = group.add_argument
+    add("--model_type", choices=SELECTION_FAMILIES, help="family; picks a pair of models if none is named "
+        "(default: vit, from ViT-S to ViT-T)")
+    add("--pretrained_model", metavar="NAME",
+        help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours (default: "
+        "vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")
+    add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
+        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz, or a checkpoint of main.py")
+    add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
+    _keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for a custom size")
+    add("--student_model", metavar="NAME", help="any smaller model of the same family")
+    _keywords(group, "--student_kwargs", "arguments of the student's constructor")
+
+    add = parser.add_argument_group("what to select").add_argument
+    add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
+        help="which of the teacher's layers, in each stage")
+    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude"),
+        default="uniform", help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
+        "magnitude: those with the largest weights")
+    add("--heads", choices=("blend", "keep"),
+        help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
+        "blend, as in the paper; keep if heads cannot be mixed)")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules")
+    add("--include_head", type=boolean, nargs="?", const=True, default=False,
+        help="select the classifier too; the numbers of classes must agree")
+
+    add = parser.add_argument_group("showing the plan").add_argument
+    add("--plan", action="store_true", help="print the plan as JSON and stop; reads no weights except for "
+        "--element_selection magnitude")
+    add("--plot", metavar="FILE.png", help="draw the plan")
+    return parser
+
+
 def _first_conflict(options: argparse.Namespace) -> str | None:
-    """The first contradiction among options that needs no data to be seen."""
+    """Return a message about the first contradiction among the options; None if there is none."""
     o, mixing = options, mixes(options)
     named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
     checks = [
@@ -166,30 +171,37 @@ def _first_conflict(options: argparse.Namespace) -> str | None:
          "--mixup 0 --cutmix 0"),
         (o.cutmix_minmax is None or (len(o.cutmix_minmax) == 2 and 0 <= o.cutmix_minmax[0] < o.cutmix_minmax[1] <= 1),
          "--cutmix_minmax takes two numbers from 0 to 1, the least and the most"),
-        (o.weight_decay > 0 or not o.weight_decay_end, f"--weight_decay_end {o.weight_decay_end} needs a --weight_decay above 0"),
+        (o.weight_decay > 0 or not o.weight_decay_end,
+         f"--weight_decay_end {o.weight_decay_end} needs a --weight_decay above 0"),
         (o.model_ema or not o.model_ema_eval, "--model_ema_eval true needs --model_ema true"),
-        (not (o.model_ema_eval and o.model_ema_force_cpu), "--model_ema_eval needs the average on the device: leave out --model_ema_force_cpu"),
+        (not (o.model_ema_eval and o.model_ema_force_cpu),
+         "--model_ema_eval needs the average on the device: leave out --model_ema_force_cpu"),
         (not o.wandb_ckpt or (o.enable_wandb and o.output_dir and not o.disable_eval),
          "--wandb_ckpt true stores the best checkpoint: it needs --enable_wandb true, an --output_dir and evaluation"),
-        (o.data_set.startswith(("torch/", "hfds/")) or not (o.train_split or o.val_split or o.input_key or o.target_key),
-         f"--train_split, --val_split, --input_key and --target_key are for torch/NAME and hfds/NAME, not for {o.data_set}"),
+        (o.data_set.startswith(("torch/", "hfds/"))
+         or not (o.train_split or o.val_split or o.input_key or o.target_key),
+         "--train_split, --val_split, --input_key and --target_key are for torch/NAME and hfds/NAME, "
+         f"not for {o.data_set}"),
         (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
         (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
-         f"--resume {o.resume}: a URL has to be https://…#sha256=<64 hex digits>"),
+         f"--resume {o.resume}: a URL must be https://…#sha256=<64 hex digits>"),
         (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
-         f"--initialize {o.initialize}: a URL has to be https://…#sha256=<64 hex digits>"),
-        (o.compile_mode == "default" or o.update_freq == 1, f"--compile_mode {o.compile_mode} replays CUDA graphs, which overwrite "
-         "accumulated gradients: it needs --update_freq 1"),
+         f"--initialize {o.initialize}: a URL must be https://…#sha256=<64 hex digits>"),
+        (o.compile_mode == "default" or o.update_freq == 1,
+         f"--compile_mode {o.compile_mode} replays CUDA graphs, which overwrite accumulated gradients: it needs "
+         "--update_freq 1"),
         (o.compile or o.compile_mode == "default", f"--compile_mode {o.compile_mode} needs --compile"),
         (o.cache != "none" or o.cache_size is None, f"--cache_size {o.cache_size} is for --cache ram or device"),
-        (o.cache != "device" or o.augment == "device", "--cache device needs --augment device: timm's transforms take images on the host"),
-        (o.start_epoch < o.epochs or o.eval, f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
-    ]  # fmt: skip
+        (o.cache != "device" or o.augment == "device",
+         "--cache device needs --augment device: timm's transforms take images on the host"),
+        (o.start_epoch < o.epochs or o.eval,
+         f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
+    ]
     return next((message for holds, message in checks if not holds), None)
 
 
 def _training_parser() -> argparse.ArgumentParser:
-    parser = _parser("main.py", "Train a small model, from selected weights (--initialize) or from random ones.")
+    parser = _parser("main.py", "Train a small model, from selected weights (--initialize) or from random init.")
     positive, count, share = number(int, 1), number(int, 0), number(float, 0, 1)
 
     group = parser.add_argument_group("model")
@@ -198,18 +210,19 @@ def _training_parser() -> argparse.ArgumentParser:
     _keywords(group, "--model_kwargs", "arguments of the model's constructor")
     add("--input_size", default=224, type=positive, metavar="PIXELS", help="side of the images the model sees")
     add("--drop_path", default=0.0, type=share, help="stochastic depth rate of the last block")
-    add("--layer_scale_init_value", default=1e-6, type=float, help="ConvNeXt: first value of its layer scales")
-    add("--head_init_scale", default=1.0, type=float, help="ConvNeXt: factor on the classifier's first weights")
+    add("--layer_scale_init_value", default=1e-6, type=float, help="ConvNeXt: initial value of its layer scales")
+    add("--head_init_scale", default=1.0, type=float, help="ConvNeXt: factor on the classifier's initial weights")
 
     add = parser.add_argument_group("initialization").add_argument
     add("--initialize", default="", metavar="FILE", help="a file of weight_selection.py, the folder it wrote to, or "
-        "https://…#sha256=…; leave it out for the random-init baseline")  # fmt: skip
+        "https://…#sha256=…; leave it out for the random-init baseline")
     add("--model_key", default="model|module", help="where in a nested file the weights are")
-    add("--model_prefix", default="", help="what to take off the front of the file's keys")
+    add("--model_prefix", default="", help="prefix to remove from the file's keys")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_set", default="IMNET", help=f"{', '.join(DATA_SETS)}, torch/NAME or hfds/NAME")
-    add("--data_path", default="/datasets01/imagenet_full_size/061417/", help="where the data is, or is downloaded to")
+    add("--data_path", default="/datasets01/imagenet_full_size/061417/",
+        help="where the data is, or will be downloaded to")
     add("--eval_data_path", help="another place for the evaluation data")
     add("--nb_classes", type=positive, metavar="N", help="checked against the data (default: what the data has)")
     add("--data_fraction", default=1.0, type=number(float, 1e-9, 1), help="train on this seeded, class-balanced share")
@@ -218,120 +231,97 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--input_key", help="column of the images, for hfds/NAME")
     add("--target_key", help="column of the labels, for hfds/NAME")
     add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
-    add("--num_workers", default=10, type=count, help="processes that load images, for each training process")
+    add("--num_workers", default=10, type=count, help="processes that load images, per training process")
     add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
 
-    add("--bad_images", default="fail", choices=("fail", "skip"), help="an image that cannot be read ends the run, or the "
-        "next one that can stands for it and the log counts it")  # fmt: skip
+    add("--bad_images", default="fail", choices=("fail", "skip"),
+        help="an image that cannot be read ends the run, or is replaced by the next readable one and counted in the "
+        "log")
     add("--cache", default="none", choices=("none", "ram", "device"), help="decode all images once and keep them in "
-        "memory that the processes of a node share, or on the training device")  # fmt: skip
-    add("--cache_size", type=positive, metavar="PIXELS", help="short side of the cached images, if theirs is longer; "
-        "with --cache device both sides (default: as stored)")  # fmt: skip
+        "memory that the processes of a node share, or on the training device")
+    add("--cache_size", type=positive, metavar="PIXELS", help="shrink the short side of cached images to this; "
+        "with --cache device both sides (default: as stored)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--augment", default="timm", choices=("timm", "device"), help="image by image in workers, as the paper's code "
-        "does, or in batches where training happens, distributed alike")  # fmt: skip
+        "does, or in batches on the training device, with the same distribution")
     add("--hflip", type=share, default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
-    add("--color_jitter", type=float, default=0.4, help="strength, where --aa is off")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy; none for none")
-    add(
-        "--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of the random crop"
-    )
+    add("--color_jitter", type=float, default=0.4, help="strength, if --aa is off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy, or none")
+    add("--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"),
+        help="for the random crop")
     add("--smoothing", type=share, default=0.1, help="label smoothing")
     add("--reprob", type=share, default=0.25, help="random erasing probability")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing fill")
-    add("--recount", type=positive, default=1, help="random erasing: most boxes an image")
+    add("--recount", type=positive, default=1, help="random erasing: most boxes per image")
     add("--crop_pct", type=number(float, 0.01, 1), help="evaluation: crop side / resized side (default: 224/256)")
-    add("--mixup", type=number(float, 0), default=0.8, help="mixup alpha; 0 for none")
-    add("--cutmix", type=number(float, 0), default=1.0, help="cutmix alpha; 0 for none")
-    add("--cutmix_minmax", type=float, nargs="+", metavar="SHARE", help="cutmix box side from … to, in place of alpha")
+    add("--mixup", type=number(float, 0), default=0.8, help="mixup alpha; 0: no mixup")
+    add("--cutmix", type=number(float, 0), default=1.0, help="cutmix alpha; 0: no cutmix")
+    add("--cutmix_minmax", type=float, nargs="+", metavar="SHARE",
+        help="least and greatest side of the cutmix box, instead of alpha")
     add("--mixup_prob", type=share, default=1.0, help="probability that a batch is mixed")
-    add("--mixup_switch_prob", type=share, default=0.5, help="probability of cutmix where both are on")
-    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="one draw for each …")
+    add("--mixup_switch_prob", type=share, default=0.5, help="probability of cutmix if both are on")
+    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", default=300, type=positive, help="length of the run")
-    add("--batch_size", default=64, type=positive, help="images for each process and backward pass")
-    add("--update_freq", default=1, type=positive, help="backward passes an update: gradient accumulation")
-    add("--opt", default="adamw", metavar="NAME", help="timm's name of the optimizer")
+    add("--batch_size", default=64, type=positive, help="images per process and backward pass")
+    add("--update_freq", default=1, type=positive, help="backward passes per update: gradient accumulation")
+    add("--opt", default="adamw", metavar="NAME", help="optimizer, by its name in timm")
     add("--opt_eps", default=1e-8, type=float, help="optimizer epsilon")
     add("--opt_betas", type=float, nargs="+", metavar="BETA", help="optimizer betas (default: the optimizer's)")
     add("--momentum", type=float, default=0.9, help="for optimizers with momentum")
-    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate, for the total batch, never rescaled")
+    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate for the total batch; never rescaled")
     add("--min_lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine")
     add("--warmup_epochs", type=count, default=50, help="linear warm-up")
-    add("--warmup_steps", type=int, default=-1, help="linear warm-up in updates; above 0 it replaces --warmup_epochs")
-    add("--weight_decay", type=number(float, 0), default=0.05, help="on matrices; biases, norms and tokens have none")
+    add("--warmup_steps", type=int, default=-1, help="linear warm-up in updates; replaces --warmup_epochs if above 0")
+    add("--weight_decay", type=number(float, 0), default=0.05, help="for matrices; biases, norms and tokens have none")
     add("--weight_decay_end", type=number(float, 0), help="cosine to this value (default: constant)")
-    add(
-        "--layer_decay",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="learning rate factor from each layer to the one below",
-    )
+    add("--layer_decay", type=number(float, 0, 1), default=1.0,
+        help="learning rate factor from each layer to the one below")
     add("--clip_grad", type=number(float, 0), metavar="NORM", help="greatest gradient norm (default: no clipping)")
     add("--model_ema", type=boolean, default=False, help="keep a moving average of the weights")
-    add("--model_ema_decay", type=share, default=0.9999, help="its decay an update")
+    add("--model_ema_decay", type=share, default=0.9999, help="its decay per update")
     add("--model_ema_force_cpu", type=boolean, default=False, help="keep it in host memory")
     add("--model_ema_eval", type=boolean, default=False, help="evaluate it too")
 
     add = parser.add_argument_group("device and speed").add_argument
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
     add("--use_amp", type=boolean, default=False, help="mixed precision")
-    add(
-        "--amp_dtype",
-        choices=("float16", "bfloat16"),
-        help="(default: float16 on cuda, with loss scaling; else bfloat16)",
-    )
+    add("--amp_dtype", choices=("float16", "bfloat16"),
+        help="(default: float16 on cuda, with loss scaling; else bfloat16)")
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile the model")
     add("--compile_mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of "
-        "torch.compile; reduce-overhead replays CUDA graphs, for small batches")  # fmt: skip
-    add(
-        "--channels_last",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="memory layout, faster for ConvNeXt on GPUs",
-    )
-    add(
-        "--deterministic",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="same weights each time on a GPU too, slower",
-    )
+        "torch.compile; reduce-overhead replays CUDA graphs, for small batches")
+    add("--channels_last", type=boolean, nargs="?", const=True, default=False,
+        help="memory layout, faster for ConvNeXt on GPUs")
+    add("--deterministic", type=boolean, nargs="?", const=True, default=False,
+        help="same weights every time on a GPU too; slower")
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="all randomness comes from it")
 
     add = parser.add_argument_group("evaluation, logs, checkpoints").add_argument
-    add("--output_dir", default="", help="folder for config.json, log.txt and checkpoints; empty: nothing is kept")
+    add("--output_dir", default="", help="folder for config.json, log.txt and checkpoints; empty: keep nothing")
     add("--eval", type=boolean, default=False, help="evaluate and stop")
     add("--disable_eval", type=boolean, default=False, help="train without evaluation")
     add("--dist_eval", type=boolean, default=True, help="share the evaluation among the processes")
-    add("--resume", default="", metavar="FILE", help="go on from this checkpoint")
-    add("--auto_resume", type=boolean, default=True, help="go on from the newest checkpoint in --output_dir")
-    add("--start_epoch", default=0, type=count, help="number of the first epoch, when nothing is resumed")
+    add("--resume", default="", metavar="FILE", help="continue from this checkpoint")
+    add("--auto_resume", type=boolean, default=True, help="continue from the newest checkpoint in --output_dir")
+    add("--start_epoch", default=0, type=count, help="number of the first epoch if nothing is resumed")
     add("--save_ckpt", type=boolean, default=True, help="write checkpoints")
     add("--save_ckpt_freq", default=1, type=positive, metavar="EPOCHS", help="between checkpoints")
-    add("--save_ckpt_steps", type=positive, metavar="UPDATES", help="between further checkpoints within an epoch "
-        "(default: none)")  # fmt: skip
-    add("--save_ckpt_num", default=3, type=positive, help="how many to keep, beside the best")
-    add(
-        "--log_freq",
-        default=10,
-        type=positive,
-        metavar="UPDATES",
-        help="between log lines, the only waits for the device",
-    )
-    add("--progress", type=boolean, help="a progress bar in place of log lines (default: on a terminal)")
+    add("--save_ckpt_steps", type=positive, metavar="UPDATES",
+        help="between checkpoints within an epoch (default: none)")
+    add("--save_ckpt_num", default=3, type=positive, help="how many to keep besides the best")
+    add("--log_freq", default=10, type=positive, metavar="UPDATES",
+        help="between log lines, the only waits for the device")
+    add("--progress", type=boolean, help="a progress bar instead of log lines (default: on a terminal)")
     add("--log_dir", help="folder for TensorBoard")
     add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
     add("--project", default="convnext", help="its project")
     add("--wandb_ckpt", type=boolean, default=False, help="store the best checkpoint there")
 
-    add("--dist_timeout", default=600.0, type=number(float, 1), metavar="SECONDS", help="a process that does not answer "
-        "the others for so long ends them")  # fmt: skip
+    add("--dist_timeout", default=600.0, type=number(float, 1), metavar="SECONDS",
+        help="end the run if a process does not answer the others for this long")
     for name, kind, default in (
         ("world_size", int, 1),
         ("dist_url", str, "env://"),
@@ -339,16 +329,19 @@ def _training_parser() -> argparse.ArgumentParser:
         ("dist_on_itp", boolean, False),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=argparse.SUPPRESS)
-    # both spellings of the launchers, which say the same in the environment
+    # launchers use both spellings; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
 
+# fmt: on
+
+
 def pick(options: argparse.Namespace, names: str) -> dict:
-    """The named options, for a function whose parameters are called like them."""
+    """Return the named options, for a function whose parameters have these names."""
     return {name: getattr(options, name) for name in names.split()}
 
 
 def plain(options: argparse.Namespace) -> dict:
-    """The options as JSON would give them back."""
+    """Return the options as they would come back from JSON."""
     return json.loads(json.dumps(vars(options), default=str))

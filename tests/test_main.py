@@ -366,14 +366,14 @@ def test_missing_optional_package_is_named(package, tiny_run, tmp_path, monkeypa
         (["--epochs", "0"], "0 is not at least 1"),
         (["--smoothing", "1.5"], "1.5 is not from 0 to 1"),
         (["--model_kwargs", "depth"], "'depth' is not of the form name=value"),
-        (["--initialize", "http://example.org/x.pth"], r"a URL has to be https://…#sha256="),
+        (["--initialize", "http://example.org/x.pth"], r"a URL must be https://…#sha256="),
         (["--batchsize", "64"], "unrecognized arguments: --batchsize"),
         (["--eval", "true", "--disable_eval", "true"], "leave nothing to do"),
         (["--cutmix_minmax", "1", "0"], "--cutmix_minmax takes two numbers from 0 to 1"),
         (["--seed", "18446744073709551616"], "is not from 0 to"),
         (["--train_split", "x"], "are for torch/NAME and hfds/NAME, not for IMNET"),
         (["--wandb_ckpt", "true"], "it needs --enable_wandb true"),
-        (["--resume", "https://example.org/x.pth"], "--resume https://example.org/x.pth: a URL has to be"),
+        (["--resume", "https://example.org/x.pth"], "--resume https://example.org/x.pth: a URL must be"),
     ],
 )
 def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
