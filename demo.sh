@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# The method end to end on two CPU cores, without a download but the packages: a ViT teacher learns Fashion-MNIST, a ViT
-# half as wide inherits its weights, and it and one of random weights learn scikit-learn's digits, three seeds each.
+# The method end to end on two CPU cores, with no download but the packages. A ViT teacher learns Fashion-MNIST. A ViT
+# half as wide gets its selected weights, and learns scikit-learn's digits beside one with random init, three seeds each.
 #
 #     ./demo.sh            results in demo_output/: table.md, curves.png, one folder a run
 #
-# A second call keeps what is finished and resumes what was interrupted; remove demo_output/ to start anew.
+# A second call keeps what is finished and resumes what was interrupted. Remove demo_output/ to start over.
 # PYTHON names the interpreter that makes .venv (default: python3, 3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup_venv.sh
 
-SECONDS=0 # bash counts on from here: the time below is without the installation
+SECONDS=0 # bash counts from here, so that the times below leave out the installation
 out=demo_output
 teacher_epochs=6
 teacher_model="embed_dim=128 depth=6 num_heads=4 patch_size=8"
 student_model="embed_dim=64 depth=6 num_heads=2 patch_size=8"
-# the same for all runs, with and without inherited weights
+# the same for all runs, from selected weights and from random init
 recipe="--model vit_tiny --input_size 32 --batch_size 64 --warmup_epochs 2 --lr 1e-3 --mixup 0 --cutmix 0 --aa none
         --color_jitter 0 --hflip 0 --reprob 0 --device cpu --num_workers 0 --save_ckpt_num 1 --log_freq 1000 --progress false"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 say() { printf '[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
 
-# train_student NAME OPTION...: one run on the digits, its messages in a file beside its folder, one line here.
-# To be called in a subshell, which ends the run when it is ended itself.
+# train_student NAME OPTION...: train on the digits, with messages in a file beside the run's folder and one line here.
+# Call it in a subshell: when that is killed, it kills the run.
 train_student() {
     local name=$1 messages=$out/students/$1.txt run
     shift
@@ -66,11 +66,11 @@ say "Selecting the weights of a student, 64 wide, from the teacher"
     --pretrained_path $out/teacher/checkpoint-$((teacher_epochs - 1)).pth
 
 say "Training 6 students on the digits, two at a time: from the selected weights and from random ones, otherwise the same"
-export OMP_NUM_THREADS=1 # a model this small gains little from a second thread; the second core takes the other student
+export OMP_NUM_THREADS=1 # a model this small gains little from a second thread; the other student takes the second core
 for seed in 0 1 2; do
     train_student selected-$seed --seed $seed --initialize $out/init/vit.pth &
     train_student random-$seed --seed $seed &
-    wait -n # on its own line each, or a failure would go unnoticed
+    wait -n # one command per line, or a failure would go unnoticed
     wait -n
 done
 

@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh, from the repository's root: makes .venv where it is missing, installs the two
-# requirement files where they changed since, and leaves the environment's interpreter in $python.
+# demo.sh and test.sh source this from the repository's root. It makes .venv if it is missing, installs the two
+# requirement files if they have changed, and sets $python to the environment's interpreter.
 # PYTHON names the interpreter that makes the environment (default: python3); it must be 3.11 or newer.
 
 setup_venv() {
@@ -12,7 +12,7 @@ setup_venv() {
             return 1
         }
         echo "Making the virtual environment .venv with $("$base" -V 2>&1)"
-        # --clear: what an interrupted call or a removed interpreter left there is of no use
+        # --clear: remove what an interrupted call or a removed interpreter left there
         "$base" -m venv --clear .venv || {
             echo "could not make .venv; on Debian and Ubuntu: apt install python3-venv" >&2
             return 1
