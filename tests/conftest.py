@@ -1,6 +1,5 @@
 """What the tests share: small images on disk, and the command line of a run that takes a second."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from bench import survive
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")  # no test waits for a network
 torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
@@ -78,17 +79,6 @@ def weights_of(folder: Path, name: str = "checkpoint-1.pth") -> dict[str, torch.
 def assert_equal_weights(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a), max((a[key] - b[key]).abs().max() for key in a)
-
-
-def bench(name):
-    """The module bench/<name>.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[1] / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-survive = bench("survive")
 
 
 def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:

@@ -3,14 +3,16 @@
 import json
 import multiprocessing
 import re
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import bench, write_images
+from conftest import write_images
+
+from bench import pairs, throughput
 
 
 def test_pairs_of_the_two_small_families_are_counted(tmp_path, capsys):
-    pairs = bench("pairs")
     result = pairs.main(["--families", "swin", "mixer", "--out", str(tmp_path / "pairs.json")])
     assert json.loads((tmp_path / "pairs.json").read_text()) == result
     for family in ("swin", "mixer"):
@@ -23,14 +25,12 @@ def test_pairs_of_the_two_small_families_are_counted(tmp_path, capsys):
 
 
 def test_anything_but_a_refusal_ends_the_count(monkeypatch):
-    pairs = bench("pairs")
     monkeypatch.setattr(pairs, "match", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="neither planned nor refused"):
         pairs.main(["--families", "mixer"])
 
 
 def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
-    throughput = bench("throughput")
     result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "4", "--device", "cpu",
         "--num_workers", "1", "--rounds", "2", "--seconds", "0.01", "--ways", *throughput.WAYS, "--out", str(tmp_path / "cpu")])  # fmt: skip
     assert json.loads((tmp_path / "cpu.json").read_text()) == result
@@ -52,8 +52,7 @@ def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
     assert not multiprocessing.active_children()
 
 
-def test_way_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_path, capsys):
-    throughput = bench("throughput")
+def test_way_that_the_images_rule_out_is_left_out_with_a_reason(tmp_path, capsys):
     write_images(tmp_path, "train", {"small": 6}, size=40)
     write_images(tmp_path, "train", {"large": 6}, size=60)
     argv = ["--data", str(tmp_path), "--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "4", "--device", "cpu",
@@ -71,8 +70,7 @@ def test_way_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_path, 
     assert not sized["left_out"] and "c: training, device, cache device" in sized["images_per_second"]
 
 
-def test_compiling_counts_nowhere_and_leaves_the_originals_habits_alone(monkeypatch, capsys):
-    throughput = bench("throughput")
+def test_compiling_is_not_timed_and_skips_the_originals_habits(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **kwargs: compiled.append((model, kwargs)))
     result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "--device", "cpu", "--num_workers",
@@ -82,8 +80,7 @@ def test_compiling_counts_nowhere_and_leaves_the_originals_habits_alone(monkeypa
     assert "which count nowhere" in capsys.readouterr().out
 
 
-def test_ratio_is_the_median_of_rounds_and_forgets_one_that_was_disturbed():
-    throughput = bench("throughput")
+def test_ratio_is_the_median_of_rounds_despite_a_disturbed_one():
     rates = {"c": [9.0] * 40 + [9.5] * 20 + [10.0] * 40, "a": [10.0] * 99 + [1.0]}
     # of 100 rounds, 40 to 60 heads in 95 % of all throws: the 41st and the 60th in order
     assert throughput.ratio(rates, "c", "a") == "0.950 (0.950..0.950)"
@@ -94,18 +91,16 @@ def test_ratio_is_the_median_of_rounds_and_forgets_one_that_was_disturbed():
 
 
 def test_flops_of_a_convnext_count_each_group_once():
-    throughput = bench("throughput")
-    options = throughput.argparse.Namespace(device="cpu", input_size=224, compile=False)
-    images = throughput.argparse.Namespace(classes=1000)
+    options = Namespace(device="cpu", input_size=224, compile=False)
+    images = Namespace(classes=1000)
     # 0.78 G multiply-adds forward (Liu et al. and timm's table), 2 operations each, thrice
     assert throughput.Bench("convnext_femto", 2, images, options).flops == pytest.approx(6 * 0.785e9, rel=0.02)
 
 
 @pytest.mark.parametrize("input_size", [32, 224])
 def test_flops_of_a_vit_are_those_of_its_matrices(input_size):
-    throughput = bench("throughput")
-    options = throughput.argparse.Namespace(device="cpu", input_size=input_size, compile=False)
-    images = throughput.argparse.Namespace(classes=10)
+    options = Namespace(device="cpu", input_size=input_size, compile=False)
+    images = Namespace(classes=10)
     # 2 operations a multiply-add, forward and twice backward, but no gradient of the image
     patches, width, hidden, layers = (input_size // 16) ** 2, 192, 768, 12
     tokens = patches + 1
@@ -118,7 +113,6 @@ def test_flops_of_a_vit_are_those_of_its_matrices(input_size):
 
 
 def test_rate_is_not_misled_by_batches_that_were_ready(monkeypatch):
-    throughput = bench("throughput")
     clock, done = [0.0], []
 
     def steps(count):  # the first four take no time to speak of, the others a tenth of a second
