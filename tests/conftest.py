@@ -57,12 +57,12 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_run(image_folder, tmp_path):
-    """The options of a two-epoch run on `image_folder`, five updates an epoch; more options can be put behind."""
+    """Return a function: the options of a two-epoch run on `image_folder`, five updates per epoch, and more options."""
 
     def options(*more: str, output_dir: Path | str = tmp_path / "run") -> list[str]:
-        run = ["--data_set", "image_folder", "--data_path", str(image_folder), "--input_size", "32", "--device", "cpu",
-            "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "8", "--num_workers", "0", "--lr", "1e-3"]  # fmt: skip
-        return [*TINY_MODEL, *run, "--output_dir", str(output_dir), *map(str, more)]
+        recipe = "--input_size 32 --epochs 2 --warmup_epochs 1 --batch_size 8 --lr 1e-3 --num_workers 0 --device cpu"
+        data = ["--data_set", "image_folder", "--data_path", str(image_folder)]
+        return [*TINY_MODEL, *data, *recipe.split(), "--output_dir", str(output_dir), *map(str, more)]
 
     return options
 
@@ -82,7 +82,7 @@ def assert_equal_weights(a: dict, b: dict) -> None:
 
 
 def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:
-    """A run of two processes forked from this one, which costs no start: the exit codes, and what they said to a file."""
+    """Run in two processes forked from this one, which saves their start; return the exit codes and the output."""
     said.unlink(missing_ok=True)
     codes = survive.Job(list(map(str, argv)), 2, said).wait(120)
     return codes, said.read_text()

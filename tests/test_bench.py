@@ -11,6 +11,8 @@ from conftest import write_images
 
 from bench import pairs, throughput
 
+SMALL = "--models vit_tiny --input_size 48 --device cpu --seconds 0.01".split()
+
 
 def test_pairs_of_the_two_small_families_are_counted(tmp_path, capsys):
     result = pairs.main(["--families", "swin", "mixer", "--out", str(tmp_path / "pairs.json")])
@@ -31,8 +33,8 @@ def test_anything_but_a_refusal_ends_the_count(monkeypatch):
 
 
 def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
-    result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "4", "--device", "cpu",
-        "--num_workers", "1", "--rounds", "2", "--seconds", "0.01", "--ways", *throughput.WAYS, "--out", str(tmp_path / "cpu")])  # fmt: skip
+    options = "--batch_sizes 4 --num_workers 1 --rounds 2"
+    result = throughput.main([*SMALL, *options.split(), "--ways", *throughput.WAYS, "--out", str(tmp_path / "cpu")])
     assert json.loads((tmp_path / "cpu.json").read_text()) == result
     rates = result["results"][0]["images_per_second"]
     ways, habits = list(throughput.WAYS), "the original's habits"
@@ -55,8 +57,8 @@ def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
 def test_way_that_the_images_rule_out_is_left_out_with_a_reason(tmp_path, capsys):
     write_images(tmp_path, "train", {"small": 6}, size=40)
     write_images(tmp_path, "train", {"large": 6}, size=60)
-    argv = ["--data", str(tmp_path), "--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "4", "--device", "cpu",
-        "--num_workers", "1", "--rounds", "1", "--seconds", "0.01", "--ways", *list(throughput.WAYS)[3:]]  # fmt: skip
+    options = "--batch_sizes 2 4 --num_workers 1 --rounds 1"
+    argv = [*SMALL, *options.split(), "--data", str(tmp_path), "--ways", *list(throughput.WAYS)[3:]]
     both = throughput.main(argv)["results"]
     for each in both:
         assert (
@@ -73,8 +75,8 @@ def test_way_that_the_images_rule_out_is_left_out_with_a_reason(tmp_path, capsys
 def test_compiling_is_not_timed_and_skips_the_originals_habits(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **kwargs: compiled.append((model, kwargs)))
-    result = throughput.main(["--models", "vit_tiny", "--input_size", "48", "--batch_sizes", "2", "--device", "cpu", "--num_workers",
-        "0", "--rounds", "1", "--seconds", "0.01", "--ways", "device, cache ram", "--compile", "--compile_mode", "reduce-overhead"])  # fmt: skip
+    options = "--batch_sizes 2 --num_workers 0 --rounds 1 --compile --compile_mode reduce-overhead"
+    result = throughput.main([*SMALL, *options.split(), "--ways", "device, cache ram"])
     assert result["results"][0]["compile_seconds"] > 0
     assert [kwargs for _, kwargs in compiled] == [{"mode": "reduce-overhead"}]
     assert "which count nowhere" in capsys.readouterr().out
