@@ -26,6 +26,7 @@ from weightfiles.initialization import read_initialization, write_initialization
 NAME = "vit_tiny_patch16_224"
 STUDENT = {**TEACHER, "embed_dim": 12, "depth": 2, "num_heads": 3}
 MODELS = [models.create(NAME, kwargs) for kwargs in (TEACHER, STUDENT)]
+PAIR = [models.ModelSpec(NAME, kwargs) for kwargs in (TEACHER, STUDENT)]
 
 Files = dict[str, bytes]
 
@@ -84,15 +85,13 @@ def by_initialize(path: Path, truth: Callable) -> int:
 
 def by_selection(path: Path, truth: Callable) -> int:
     """As weight_selection.py takes `--pretrained_path`: planned, read where needed, cut to the student's shape."""
-    tensors, _ = weight_selection.initialize(
-        NAME, NAME, teacher_kwargs=TEACHER, student_kwargs=STUDENT, pretrained_path=str(path)
-    )
+    tensors, _ = weight_selection.select_weights(*PAIR, pretrained_path=str(path))
     check_finite(tensors)
     teacher, student = MODELS
     known = truth()
     own = {key: value for key, value in teacher.state_dict().items() if not key.startswith("head.")}
     if any(key not in known or known[key].shape != value.shape for key, value in own.items()):
-        known = weight_selection.CONVERTERS["vit"](known, teacher)
+        known = models.FAMILIES["vit"].converter(known, teacher)
     plan = weight_selection.make_plan(teacher, student, weight_selection.PUBLISHED, include_head=False, weights=None)
     return compare(tensors, select(known, plan))
 
@@ -201,10 +200,7 @@ def with_fixed_keys(content: bytes) -> bytes:
 
 def describe() -> dict:
     """What weight_selection.py writes beside the weights of this pair."""
-    _, description = weight_selection.initialize(
-        NAME, NAME, teacher_kwargs=TEACHER, student_kwargs=STUDENT, plan_only=True
-    )
-    return description
+    return weight_selection.select_weights(*PAIR, plan_only=True)[1]
 
 
 def training_state(tensors: dict[str, torch.Tensor]) -> dict:

@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and taking them over."""
+"""Check that weights fit a model, and copy them into it."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from utils import UserError
 
 
 def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, problem: str, optional: tuple[str, ...] = ()) -> None:
-    """UserError that begins with `problem` unless `tensors` fill the model; keys that begin with `optional` may lack."""
+    """Raise a UserError starting with `problem` unless `tensors` fill the model; keys starting with `optional` may be missing."""
     own = {key: list(value.shape) for key, value in model.state_dict().items()}
     given = {key: list(value.shape) for key, value in tensors.items()}
     faults = [f"{key} is {given[key]}, not {own[key]}" for key in given if key in own and given[key] != own[key]]
@@ -21,9 +21,10 @@ def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, problem: str, opt
 
 
 def inherit(model: nn.Module, tensors: Mapping[str, Tensor], problem: str) -> list[str]:
-    """Copy `tensors` into the model; the head may lack and keeps its own values where its shapes differ.
+    """Copy `tensors` into the model. A head that is missing, or has other shapes, keeps its own values.
 
-    Returns the keys of such a head. Raises UserError that begins with `problem` and names the keys that do not fit.
+    Returns the head's keys that have other shapes. If anything else does not fit, raises a UserError that starts with
+    `problem` and names the keys.
     """
     head, own = head_prefixes(model), model.state_dict()
     other_head = [

@@ -1,7 +1,7 @@
-"""Which slots of which teacher tensor a student tensor inherits: the plan as data.
+"""The plan as data: which indices of which teacher tensor each student tensor takes.
 
-selection.match finds each student tensor's teacher tensor and the axis groups that tie the tensors together: an
-outline. Here the slots of each group are chosen. Neither reads a weight; "magnitude" needs a score for each slot.
+selection.match makes an outline: each student tensor's teacher tensor, and the axis groups that tie tensors together.
+Here the indices of each group are chosen. Neither reads a weight; the rule "magnitude" needs a score for each index.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ from functools import cached_property
 
 import numpy as np
 
-from selection.rules import Choices, select_slots
+from selection.rules import Choices, select_indices
 
-Axis = tuple[str | int, ...] | None  # factors, outermost first: a group, or a number of slots all kept; None: all kept
+# factors of an axis, outermost first: a group's name, or a size that is kept whole; None if the whole axis is
+Axis = tuple[str | int, ...] | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """An axis group: how many slots the teacher has along it, and which of them the student keeps, ascending."""
+    """An axis group, or a stage of layers: its size in the teacher, and the indices that the student keeps, ascending."""
 
     size: int
     kept: list[int]
@@ -25,9 +26,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a student tensor comes from: a teacher tensor (None: none), its axes, and what is done to the slots taken.
+    """Where a student tensor comes from: a teacher tensor (None if it has none), its axes, and further steps.
 
-    Steps are named in `selection.tensors.STEPS`, each with its arguments behind it.
+    A step is a name in `selection.tensors.STEPS`, followed by its arguments.
     """
 
     key: str | None
@@ -37,18 +38,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Outline:
-    """A plan before the slots are chosen: sources, the sizes of groups (teacher, student), layers by stage, and notes."""
+    """A plan whose indices are not chosen yet: `sizes` holds each group's size in the teacher and in the student."""
 
     sources: dict[str, Source]
     sizes: dict[str, tuple[int, int]]
     layers: dict[str, Group]
-    heads: str | None  # "blend" or "keep"; None where there are none
-    notes: dict[str, int]  # what is not a plain copy of slots, with the number of tensors
+    heads: str | None  # "blend" or "keep"; None for models without heads
+    notes: dict[str, int]  # what is not a plain copy -> to how many tensors it applies
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which slots of which teacher tensor go where."""
+    """Which indices of which teacher tensor go where."""
 
     groups: dict[str, Group]
     sources: dict[str, Source]
@@ -57,28 +58,25 @@ class Plan:
     notes: dict[str, int]
 
     def indices(self, student_key: str) -> list[list[int] | None]:
-        """The teacher's positions along each axis of a student tensor, ascending; None for an axis kept whole."""
-        return [axis and self.positions(axis).tolist() for axis in self.sources[student_key].axes]
+        """Return the teacher's indices along each axis of a student tensor, ascending; None for an axis kept whole."""
+        return [axis and self.axis_indices(axis).tolist() for axis in self.sources[student_key].axes]
 
-    def positions(self, axis: tuple[str | int, ...]) -> np.ndarray:
-        """The teacher's positions along an axis of these factors, ascending; int64 [student's slots]."""
-        if axis not in self._positions:
-            found = np.zeros(1, dtype=np.int64)
+    def axis_indices(self, axis: tuple[str | int, ...]) -> np.ndarray:
+        """Return the teacher's indices along an axis of these factors, ascending; int64 [the student's size]."""
+        if axis not in self._known_axes:
+            indices = np.zeros(1, dtype=np.int64)
             for factor in axis:
-                size, kept = (factor, range(factor)) if isinstance(factor, int) else self._sized(factor)
-                found = (found[:, None] * size + np.asarray(kept)).ravel()
-            self._positions[axis] = found
-        return self._positions[axis]
-
-    def _sized(self, name: str) -> tuple[int, list[int]]:
-        return self.groups[name].size, self.groups[name].kept
+                group = Group(factor, list(range(factor))) if isinstance(factor, int) else self.groups[factor]
+                indices = (indices[:, None] * group.size + np.asarray(group.kept)).ravel()
+            self._known_axes[axis] = indices
+        return self._known_axes[axis]
 
     @cached_property
-    def _positions(self) -> dict[tuple, np.ndarray]:
+    def _known_axes(self) -> dict[tuple, np.ndarray]:
         return {}  # most axes are shared by many tensors
 
     def as_json(self) -> dict:
-        """Plain values: each group's indices once, and the groups and steps of each tensor."""
+        """Return plain values for JSON: each group's indices once, and the groups and steps of each tensor."""
         layers, groups = (
             {name: {"teacher_size": group.size, "indices": group.kept} for name, group in kind.items()}
             for kind in (self.layers, self.groups)
@@ -93,15 +91,15 @@ class Plan:
 
 
 def choose(outline: Outline, choices: Choices, scores: Mapping[str, np.ndarray] | None = None) -> Plan:
-    """The outline with the slots of each group chosen."""
+    """Choose the indices of each group; `scores` are those of `selection.tensors.magnitudes`."""
     groups = {}
     for name, (size, target) in outline.sizes.items():
         score = None if scores is None else scores[name]
-        kept = select_slots(choices.element_selection, size, target, group=name, seed=choices.seed, score=score)
+        kept = select_indices(choices.element_selection, size, target, group=name, seed=choices.seed, score=score)
         groups[name] = Group(size, kept)
     sources = dict(outline.sources)
     if "registers" in groups and "pos_embed" in sources:
-        # rows of the position embedding go with their registers
+        # a register that is kept keeps its row of the position embedding
         steps = tuple(_with_registers(step, groups["registers"].kept) for step in sources["pos_embed"].steps)
         sources["pos_embed"] = replace(sources["pos_embed"], steps=steps)
     return Plan(groups, sources, outline.layers, outline.heads, outline.notes)

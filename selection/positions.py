@@ -1,14 +1,20 @@
-"""Position embeddings: which rows belong to tokens, and the steps from the teacher's to the student's."""
+"""What follows the grid of patches: position embeddings, patch kernels, tables of relative positions.
+
+These are resampled to the student's grid, by steps that the plan records and selection.tensors.STEPS carries out.
+"""
 
 import math
 
 from selection.family import Layout, Refused
+from selection.layers import any_layer
 
-TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order of their rows
+TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order of their rows in a position embedding
+
+StepsAndNotes = tuple[list[tuple], list[str]]
 
 
 def token_rows(layout: Layout) -> dict[str, tuple[int, int]]:
-    """The rows of the position embedding that belong to tokens: token -> (first row, number of rows)."""
+    """Find the rows of the position embedding that belong to tokens: token -> (first row, number of rows)."""
     if layout.grid is None or "pos_embed" not in layout.shapes:
         return {}
     counts = {token: layout.shapes[token][1] for token in TOKENS if token in layout.shapes}
@@ -16,9 +22,8 @@ def token_rows(layout: Layout) -> dict[str, tuple[int, int]]:
     if rows == 0:
         return {}
     if rows != sum(counts.values()):
-        raise Refused(
-            "positions", f"pos_embed has {rows} rows besides those of {sides(layout.grid)} patches, for {counts}"
-        )
+        grid = sides(layout.grid)
+        raise Refused("positions", f"pos_embed has {rows} rows besides those of {grid} patches, for {counts}")
     found, first = {}, 0
     for token, count in counts.items():
         found[token] = (first, count)
@@ -26,20 +31,30 @@ def token_rows(layout: Layout) -> dict[str, tuple[int, int]]:
     return found
 
 
-def position_steps(teacher: Layout, student: Layout) -> tuple[list[tuple], list[str]]:
-    """The step that turns the teacher's position embedding into the student's, if it takes one, and what to say of it."""
+def resampling_steps(
+    key: str, teacher_key: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], teacher: Layout, student: Layout
+) -> StepsAndNotes:
+    """Plan how a tensor of `shapes` (the teacher's, the student's) gets to the student's grid; no steps if it is there."""
+    if key == "pos_embed":
+        return _position_steps(teacher, student)
+    if key.endswith(".relative_position_bias_table"):
+        old = teacher.windows[teacher_key.rpartition(".")[0]]
+        new = student.windows[key.rpartition(".")[0]]
+        what, step = "windows", ("window", list(old), list(new))
+    else:
+        old, new = (shape[2:] for shape in shapes)
+        what, step = "patches", ("patch", list(new))
+    if old == new:
+        return [], []
+    return [step], [f"{any_layer(key)} resampled from {what} of {sides(old)} to {sides(new)}"]
+
+
+def _position_steps(teacher: Layout, student: Layout) -> StepsAndNotes:
     if None in (teacher.grid, student.grid):
-        lengths = [layout.shapes["pos_embed"][1] for layout in (teacher, student)]
-        if lengths[0] == lengths[1]:
-            return [], []
-        raise Refused(
-            "positions",
-            f"pos_embed has {lengths[0]} rows in the teacher, {lengths[1]} in the student, of no known grid",
-        )
+        return _positions_without_grid(teacher, student)
     if 0 in student.grid:
-        raise Refused(
-            "positions", f"the student's images have {sides(student.grid)} patches: they are smaller than a patch"
-        )
+        grid = sides(student.grid)
+        raise Refused("positions", f"the student's images have {grid} patches: they are smaller than a patch")
     old, new = token_rows(teacher), token_rows(student)
     if (old, teacher.grid) == (new, student.grid):
         return [], []
@@ -58,6 +73,24 @@ def position_steps(teacher: Layout, student: Layout) -> tuple[list[tuple], list[
     return [("positions", rows, first, tokens, list(teacher.grid), list(student.grid))], notes
 
 
-def sides(sizes) -> str:
-    """14x14, from (14, 14)."""
+def _positions_without_grid(teacher: Layout, student: Layout) -> StepsAndNotes:
+    old, new = (layout.shapes["pos_embed"][1] for layout in (teacher, student))
+    if old != new:
+        message = f"pos_embed has {old} rows in the teacher and {new} in the student, and their grid is not known"
+        raise Refused("positions", message)
+    return [], []
+
+
+def merged_row_steps(teacher_key: str, teacher: Layout, student: Layout) -> StepsAndNotes:
+    """Plan to add a token's row of the position embedding to the token itself, if the student has no rows for tokens."""
+    if teacher_key not in TOKENS or token_rows(student):
+        return [], []
+    first, count = token_rows(teacher).get(teacher_key, (0, 0))
+    if not count:
+        return [], []
+    return [("plus", "pos_embed", first, count)], [f"row of {teacher_key} in pos_embed added to it"]
+
+
+def sides(sizes: tuple[int, ...]) -> str:
+    """Write (14, 14) as 14x14."""
     return "x".join(map(str, sizes))

@@ -1,15 +1,15 @@
-"""The teacher: its weights by name or from a file, as the tensors of its timm model."""
+"""Read the teacher: its weights by name or from a file, under the names of its timm model."""
 
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm.models import convnext, eva, mlp_mixer, swin_transformer, vision_transformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import models
+from models import ModelSpec
 from utils import UserError, first_line
 from weightfiles.guard import check_arrays
 from weightfiles.hub import pretrained_file
@@ -19,37 +19,24 @@ from weightfiles.read import FLOATING, check_dtype, shapes_of
 log = logging.getLogger(__name__)
 
 LARGEST_PATCH = 64  # pixels on a side
-# timm's readers of released files in other layouts
-CONVERTERS = {
-    "vit": vision_transformer.checkpoint_filter_fn,
-    "convnext": convnext.checkpoint_filter_fn,
-    "eva": eva.checkpoint_filter_fn,
-    "swin": swin_transformer.checkpoint_filter_fn,
-    "mixer": mlp_mixer.checkpoint_filter_fn,
-}
 
 
-def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, model_key: str) -> Weights:
-    """The teacher's weights by timm's names, from `path`, else from the file that timm knows by `name`.
+def read_teacher(spec: ModelSpec, model: nn.Module, path: str | None, model_key: str) -> Weights:
+    """Open the teacher's weights under timm's names, from `path` or else from the file that timm has for its name.
 
-    Each tensor is read when it is asked for, if the file is laid out as timm does it. `model` is the teacher, on any
-    device. Raises UserError for weights that cannot be had, and a file that is not this teacher's.
+    `model` is the teacher, on any device. A file in timm's own layout is read tensor by tensor, when asked for. Raises
+    UserError if the weights cannot be found or are another model's.
     """
     option = f"--pretrained_path {path}"
     if path is None:
-        if name in models.VARIANTS:
-            raise UserError(
-                f"--pretrained_model {name} is a shape without weights: give --pretrained_path FILE, or a timm name"
-            )
-        log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
-        path = pretrained_file(model, name)
-        option = f"--pretrained_model {name}: its file {path}"
+        path = _file_of(spec.name, model)
+        option = f"--pretrained_model {spec.name}: its file {path}"
     if str(path).endswith(".npz"):
-        weights = _read_npz(path, name, kwargs, option)
+        weights = _read_npz(path, spec, option)
     else:
         weights = open_weights(path, model_key)
-        if _difference(weights.shapes, model) is not None:
-            weights = _converted(weights, model, name, path, option)
+        if _difference(weights.shapes, model):
+            weights = _converted(weights, model, spec.name, path, option)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
 
@@ -61,27 +48,38 @@ def read_teacher(name: str, kwargs: dict, model: nn.Module, path: str | None, mo
     return Weights(weights.shapes, read, weights.whole)
 
 
+def _file_of(name: str, model: nn.Module) -> Path:
+    if name in models.VARIANTS:
+        hint = "give --pretrained_path FILE, or a timm name"
+        raise UserError(f"--pretrained_model {name} is a shape without weights: {hint}")
+    # said before the download, because without a network it takes minutes to fail
+    log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
+    return pretrained_file(model, name)
+
+
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
-    """Weights of another layout as timm reads them for this model."""
+    """Let timm convert weights of another layout for this model."""
     _check_kernels(weights.shapes, option)
-    converter = CONVERTERS.get(models.family_of(model), lambda tensors, model: tensors)
+    converter = models.FAMILIES[models.family_of(model)].converter
     try:
-        converted = Weights.in_memory(converter(dict(weights), model), "timm converts its layout")
+        tensors = converter(dict(weights), model) if converter else dict(weights)
+        converted = Weights.in_memory(tensors, "timm converts its layout")
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
     difference = _difference(converted.shapes, model)
     if difference:
         raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
     for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.shapes.keys():
-        had, has = weights.shapes[key], converted.shapes[key]
-        if len(had) == len(has) and had != has:
-            log.warning("%s: timm made %s of %s %s: is it a file of %s?", path, list(has), key, list(had), name)
+        # timm resamples these to the model's size: right for another image size, wrong for another model's file
+        old, new = weights.shapes[key], converted.shapes[key]
+        if len(old) == len(new) and old != new:
+            log.warning("%s: timm made %s of %s %s: is it a file of %s?", path, list(new), key, list(old), name)
     return converted
 
 
-def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights:
-    """A ViT's weights from the `.npz` of its original release, by timm's own reader."""
-    model = models.create(name, kwargs)  # timm's reader needs real tensors to copy into
+def _read_npz(path: str | Path, spec: ModelSpec, option: str) -> Weights:
+    """Read a ViT's weights from the `.npz` of its original release, by timm's own reader."""
+    model = models.create(spec.name, spec.kwargs)  # timm's reader needs real tensors to copy into
     try:
         _check_kernels(check_arrays(path), option)
         with _ExactCopies() as copies:
@@ -89,17 +87,17 @@ def _read_npz(path: str | Path, name: str, kwargs: dict, option: str) -> Weights
     except (MemoryError, UserError):
         raise
     except Exception as error:  # on damaged bytes numpy and zlib raise almost anything
-        raise UserError(f"{option} cannot be read as the weights of {name}: {first_line(error)}") from error
-    # the head stays as it was made where the file has one of other classes
+        raise UserError(f"{option} cannot be read as the weights of {spec.name}: {first_line(error)}") from error
+    # timm leaves a head of another number of classes at its random values: it is not the file's
     filled = {key: tensor for key, tensor in model.state_dict().items() if tensor.data_ptr() in copies.filled}
     difference = _difference(shapes_of(filled), model)
     if difference:
-        raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
+        raise UserError(f"{option} {difference} of {spec.name}; see --pretrained_kwargs")
     return Weights.in_memory(filled, "timm reads it")
 
 
 def _check_kernels(shapes: Mapping[str, tuple[int, ...]], option: str) -> None:
-    """UserError for a kernel of patches much larger than any model's: timm's resizing grows with the square of its area."""
+    """Refuse a patch kernel far larger than any model's: the time of timm's resizing grows with the square of its area."""
     for key, shape in shapes.items():
         sides = shape[:2] if key.endswith("/kernel") else shape[2:] if key.endswith(".weight") else ()
         if len(shape) == 4 and math.prod(sides) > LARGEST_PATCH**2:
@@ -107,11 +105,16 @@ def _check_kernels(shapes: Mapping[str, tuple[int, ...]], option: str) -> None:
 
 
 class _ExactCopies(TorchFunctionMode):
-    """Refuses what timm's reader would spread over, or convert to, the model's tensor: ValueError. Notes what it fills."""
+    """Let timm's reader copy only arrays of a tensor's own shape and of floating point, and record which it fills.
+
+    `copy_` alone spreads an array of one value over a whole tensor and converts any dtype. Of the 40 arrays of a ViT with
+    2 layers, each cut to one value in turn, 26 would be accepted silently. With this class it is the head's bias alone,
+    whose head timm then leaves out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.filled = set()  # addresses
+        self.filled: set[int] = set()  # addresses of tensors
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ == "copy_":
@@ -123,7 +126,10 @@ class _ExactCopies(TorchFunctionMode):
 
 
 def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
-    """How a file's tensors differ from those of the model, the head apart, before the words "of MODEL"; None if not."""
+    """Say how a file's tensors differ from the model's, apart from the head; None if they do not.
+
+    The text goes between "FILE" and "of MODEL".
+    """
     head = models.head_prefixes(model)
     expected = shapes_of(model.state_dict(), head)
     if not expected.keys() & found.keys():

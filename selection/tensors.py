@@ -1,4 +1,4 @@
-"""The copying: slots of the teacher's tensors become the student's, as planned; and the scores that rank slots."""
+"""Copy: make the student's tensors from slices of the teacher's, as planned. Also the scores that rank indices."""
 
 import math
 import warnings
@@ -15,12 +15,12 @@ from utils import Stream, UserError, derive_seed
 
 
 def select(teacher: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """The student's tensors, made from the teacher's slots as planned; contiguous, in the teacher's dtypes.
+    """Make the student's tensors as planned; contiguous, in the teacher's dtypes.
 
-    Asks `teacher` for a tensor when it is its turn and lets go of it, so that it may be read from a file when asked for.
+    Holds one teacher tensor at a time, so that `teacher` may read each from a file when asked for it.
     """
     tensors = {key: _student_tensor(teacher, plan, key) for key in plan.sources}
-    # what the teacher has nothing for takes after the rest
+    # tensors that the teacher lacks get the dtype of the rest
     known = (tensor.dtype for key, tensor in tensors.items() if plan.sources[key].key and tensor.is_floating_point())
     dtype = next(known, torch.float32)
     return {key: tensor if plan.sources[key].key else tensor.to(dtype) for key, tensor in tensors.items()}
@@ -30,78 +30,78 @@ def _student_tensor(teacher: Mapping[str, Tensor], plan: Plan, key: str) -> Tens
     source = plan.sources[key]
     whole = tensor = torch.empty(0) if source.key is None else teacher[source.key]
     if tensor.ndim == len(source.axes) - 2:
-        tensor = tensor[..., None, None]  # a linear layer's weight seen as that of the student's 1x1 convolution
-    positions = [axis and torch.from_numpy(plan.positions(axis)) for axis in source.axes]
-    for axis, kept in enumerate(positions):
+        tensor = tensor[..., None, None]  # a linear layer's weight, seen as that of the student's 1x1 convolution
+    indices = [axis and torch.from_numpy(plan.axis_indices(axis)) for axis in source.axes]
+    for axis, kept in enumerate(indices):
         if kept is not None and len(kept) < tensor.shape[axis]:
-            tensor = tensor.index_select(axis, kept)
+            tensor = tensor.index_select(axis, kept)  # the method itself: this slice of the teacher is the student's
     for name, *arguments in source.steps:
-        tensor = STEPS[name](tensor, teacher, positions, *arguments)
+        tensor = STEPS[name](tensor, teacher, indices, *arguments)
     if tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-        return tensor.clone(memory_format=torch.contiguous_format)  # it may be a view of a file
+        return tensor.clone(memory_format=torch.contiguous_format)  # the teacher's may be a view of its file
     return tensor.contiguous()
 
 
-# ---- steps: what is done to the slots taken, (tensor, teacher, positions of its axes, arguments) -> tensor ----
+# ---- steps after the slice: (tensor, teacher, indices of its axes, arguments) -> tensor ----
 
 
 def _cut(tensor: Tensor, axis: int, kept: Tensor | None) -> Tensor:
     return tensor if kept is None else tensor.index_select(axis, kept)
 
 
-def _times(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, key: str) -> Tensor:
-    """LayerScale multiplies the outputs of the projection before it: the first axis of weight and bias."""
-    scale = _cut(teacher[key], 0, positions[0])
+def _times(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, key: str) -> Tensor:
+    """Fold LayerScale into the projection before it: it scales the outputs, the first axis of weight and bias."""
+    scale = _cut(teacher[key], 0, indices[0])
     return tensor * scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
-def _plus(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, key: str, first: int, count: int) -> Tensor:
-    """Tokens [1, count, width] plus their rows of the position embedding."""
-    rows = _cut(_cut(teacher[key][:, first : first + count], 1, positions[1]), 2, positions[2])
+def _plus(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, key: str, first: int, count: int) -> Tensor:
+    """Add to tokens [1, count, width] their rows of the position embedding."""
+    rows = _cut(_cut(teacher[key][:, first : first + count], 1, indices[1]), 2, indices[2])
     return tensor + rows
 
 
 def _positions(
     tensor: Tensor,
     teacher: Mapping[str, Tensor],
-    positions: list,
+    indices: list,
     rows: list,
     first: dict,
     prefix: int,
     old: list,
     new: list,
 ) -> Tensor:
-    """A position embedding [1, rows + patches, width]: rows for the student's tokens, and its grid of patches."""
+    """Make a position embedding [1, rows + patches, width]: rows for the student's tokens, then its grid of patches."""
     grid = resample_abs_pos_embed(tensor[:, prefix:], new, old, num_prefix_tokens=0)
     zero = torch.zeros_like(tensor[:, :1])
     found = [zero if row is None else tensor[:, first[row[0]] + row[1]].unsqueeze(1) for row in rows]
     return torch.cat([*found, grid], dim=1)
 
 
-def _patch(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, size: list) -> Tensor:
+def _patch(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, size: list) -> Tensor:
     return resample_patch_embed(tensor, size)
 
 
-def _window(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, old: list, new: list) -> Tensor:
-    """A table of relative positions [places, heads] for windows of `new` patches."""
+def _window(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, old: list, new: list) -> Tensor:
+    """Resize a table of relative positions [offsets, heads] to windows of `new` patches."""
     shape = (math.prod(2 * side - 1 for side in new), tensor.shape[1])
-    known = {} if old[0] == old[1] else {"old_window_size": old}  # for square ones older versions do without
-    with warnings.catch_warnings(action="ignore"):  # of torch, on how timm calls it
+    known = {} if old[0] == old[1] else {"old_window_size": old}  # older versions of timm do not take it
+    with warnings.catch_warnings(action="ignore"):  # torch warns of how timm calls it
         return resize_rel_pos_bias_table(tensor, new, shape, **known)
 
 
-def _reshape(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, shape: list) -> Tensor:
+def _reshape(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, shape: list) -> Tensor:
     return tensor.reshape(shape)
 
 
-def _fill(tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, value: float, shape: list) -> Tensor:
+def _fill(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, value: float, shape: list) -> Tensor:
     return torch.full(shape, value)
 
 
 def _noise(
-    tensor: Tensor, teacher: Mapping[str, Tensor], positions: list, std: float, shape: list, seed: int, key: str
+    tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, std: float, shape: list, seed: int, key: str
 ) -> Tensor:
-    """Tokens that differ from one another, or equal ones would stay equal through all of training."""
+    """Make tokens that differ from one another: equal ones would stay equal through all of training."""
     generator = np.random.RandomState(derive_seed(Stream.SLOTS, seed, zlib.crc32(key.encode())) % 2**32)
     return torch.from_numpy(generator.standard_normal(shape) * std).float()
 
@@ -122,9 +122,9 @@ STEPS = {
 
 
 def magnitudes(teacher: Mapping[str, Tensor], outline: Outline) -> dict[str, np.ndarray]:
-    """The L2 norm of each slot of each axis group, summed over all teacher tensors on it; float64 [slots], by group.
+    """Score each index of each axis group: its L2 norms, summed over all teacher tensors on the group.
 
-    A projection counts with the LayerScale that is folded into it.
+    Returns group -> float64 [the teacher's size]. A projection is scored with the LayerScale that is folded into it.
     """
     scores = {name: np.zeros(size) for name, (size, _) in outline.sizes.items()}
     for source in outline.sources.values():

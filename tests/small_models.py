@@ -1,21 +1,25 @@
 """What the tests of selection share: small models of each kind in each family, values for them, and their plans."""
 
+from pathlib import Path
+
 import torch
 from timm.layers import GluMlp
 from timm.models import MlpMixer, register_model
 from torch import Tensor, nn
 
 import models
+from models import ModelSpec
 from selection.families import FAMILIES
 from selection.family import Family, Layout
 from selection.match import match
 from selection.plan import Plan, choose
 from selection.rules import Choices
+from weight_selection import select_weights
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 SMALL_VIT = {**VIT, "embed_dim": 12, "depth": 2, "num_heads": 3}
 EVA = {**VIT, "embed_dim": 32}
-SMALL_EVA = {**EVA, "embed_dim": 24, "depth": 2, "num_heads": 3}  # the head keeps its 8 slots
+SMALL_EVA = {**EVA, "embed_dim": 24, "depth": 2, "num_heads": 3}  # a head keeps its 8 channels
 CONVNEXT = {"dims": (8, 10, 12, 16), "depths": (1, 2, 3, 1), "num_classes": 5}
 SMALL_CONVNEXT = {**CONVNEXT, "dims": (5, 7, 8, 9), "depths": (1, 1, 2, 1)}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 1, 4, 1), "num_classes": 5}
@@ -25,6 +29,10 @@ MIXER = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_blocks": 3, "num
 SMALL_MIXER = {**MIXER, "embed_dim": 12, "num_blocks": 2}
 RESNET = {"channels": (8, 12, 16, 20), "layers": (2, 3, 1, 2), "num_classes": 5}
 SMALL_RESNET = {**RESNET, "channels": (5, 8, 9, 16), "layers": (1, 2, 1, 2)}
+
+# a pair of ViTs for the script
+SCRIPT_TEACHER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
+SCRIPT_STUDENT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
 def _pair(name: str, teacher: dict, student: dict, **both) -> tuple[str, dict, str, dict]:
@@ -95,7 +103,7 @@ def random_tensors(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 def layout(name: str, *, device: str = "meta", **kwargs) -> tuple[Layout, Family]:
-    """The layout of a model, without its head, and its family; a small model is built faster on the CPU."""
+    """The layout of a model, without its head, and its family. A small model is built faster on the CPU."""
     model = models.create(name, kwargs, device=device)
     family = FAMILIES[models.family_of(model)]
     return Layout.of(model, family, models.head_prefixes(model)), family
@@ -110,3 +118,27 @@ def plan_of(teacher: tuple[Layout, Family], student: tuple[Layout, Family], choi
     """The plan of two such models."""
     choices = choices or Choices()
     return choose(match(teacher[1], teacher[0], student[0], choices), choices)
+
+
+def random_values(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """A state dict of the model's shapes with values that no constructor gives: norms are not 1, biases not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def save_teacher(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """Write the weights of the script's small teacher to a file; returns its path, and the weights."""
+    weights = random_values(models.create("vit_tiny", SCRIPT_TEACHER))
+    torch.save(weights, folder / "teacher.pth")
+    return str(folder / "teacher.pth"), weights
+
+
+def selected(path, student=SCRIPT_STUDENT, **more):
+    """The small student's tensors."""
+    specs = ModelSpec("vit_tiny", SCRIPT_TEACHER), ModelSpec("vit_tiny", student)
+    return select_weights(*specs, pretrained_path=str(path), **more)[0]
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)

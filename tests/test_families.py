@@ -26,17 +26,21 @@ from small_models import (
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 
 import models
+from models import ModelSpec
+from options import SELECTION_FAMILIES
+from selection.families import FAMILIES
 from selection.family import Refused
 from selection.plan import Group
 from selection.rules import Choices
-from weight_selection import initialize, make_plan
+from weight_selection import make_plan, select_weights
 
-# pairs of which one side has what the other has not: the teacher's name and arguments, the student's
+# pairs of which one side has what the other lacks: the teacher's name and arguments, the student's
 VIT_NAME, DINOV2 = "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"
 EVA02, DINOV3 = "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"
 CONV_MLP = {**CONVNEXT, "conv_mlp": True}
 PLAIN_V2 = {**CONVNEXT, "use_grn": False}  # neither GRN nor LayerScale
 POOLED = {"class_token": False, "global_pool": "avg"}
+NORMED, SAPIENS = {"qk_norm": True, "embed_dim": 18}, "vit_large_patch16_sapiens2"
 UNEQUAL_PAIRS = {
     "LayerScale folded": (VIT_NAME, {**VIT, "init_values": 1.0}, VIT_NAME, SMALL_VIT),
     "LayerScale begins": (VIT_NAME, VIT, VIT_NAME, {**SMALL_VIT, "init_values": 1.0}),
@@ -59,12 +63,7 @@ UNEQUAL_PAIRS = {
     "ViT from DINOv2": (DINOV2, VIT, VIT_NAME, {**SMALL_VIT, "patch_size": 8, "img_size": 40}),
     "biases begin": (DINOV3, EVA, f"{DINOV3}_qkvb", SMALL_EVA),
     "EVA-02 folds LayerScale": (EVA02, {**EVA, "init_values": 1.0}, EVA02, SMALL_EVA),
-    "EVA-02 of other patches": (
-        EVA02,
-        EVA,
-        EVA02,
-        {**SMALL_EVA, "patch_size": 8},
-    ),
+    "EVA-02 of other patches": (EVA02, EVA, EVA02, {**SMALL_EVA, "patch_size": 8}),
     "ConvNeXt V2 from V1": ("convnext_atto", CONV_MLP, "convnextv2_atto", SMALL_CONVNEXT),
     "linear from 1x1": ("convnext_atto", CONV_MLP, "convnext_atto", {**SMALL_CONVNEXT, "conv_mlp": False}),
     "1x1 from linear": ("convnext_atto", {**CONVNEXT, "conv_mlp": False}, "convnextv2_atto", SMALL_CONVNEXT),
@@ -76,6 +75,10 @@ UNEQUAL_PAIRS = {
     ),
     "mixer of other patches": ("small_mixer", MIXER, "small_mixer", {**SMALL_MIXER, "img_size": 24, "patch_size": 6}),
 }
+
+
+def test_families_are_the_same_in_every_table():
+    assert SELECTION_FAMILIES == tuple(models.FAMILIES) == tuple(FAMILIES)
 
 
 @torch.no_grad()
@@ -97,22 +100,16 @@ def selected(folder, pair, tensors, **options):
     teacher, teacher_kwargs, student, student_kwargs = pair
     file = folder / "teacher.safetensors"
     safetensors.torch.save_file(tensors, file)
-    result, description = initialize(
-        teacher,
-        student,
-        teacher_kwargs=teacher_kwargs,
-        student_kwargs=student_kwargs,
-        pretrained_path=str(file),
-        **options,
-    )
+    specs = ModelSpec(teacher, teacher_kwargs), ModelSpec(student, student_kwargs)
+    result, description = select_weights(*specs, pretrained_path=str(file), **options)
     return result, json.loads(json.dumps(description))
 
 
-# ---- the tables hold: slots of a group can change places in all tensors on it, and only so ----
+# ---- the tables hold: a group's indices can change places in all tensors on it together, and only so ----
 
 
 def shuffled(group, generator):
-    """The group with its slots in another order."""
+    """The group with its indices in another order."""
     order = generator.permutation(group.size)
     if (np.diff(order) == 1).all():
         order = order[::-1]
@@ -141,7 +138,7 @@ def test_shuffled_groups_leave_the_outputs_as_they_were(kind):
     result = {key: moved(tensor, every.indices(key)) for key, tensor in tensors.items()}
     assert error(outputs(name, kwargs, result), expected) < 1e-12  # float64: sums in another order differ by 1e-15
 
-    # the same slots in one of the tensors alone: what is equal above is not equal by chance
+    # the same order in one of the tensors alone: the outputs above are not equal by chance
     several = [group for group in orders if plan.groups[group].size > 1]
     for group in several[:: math.ceil(len(several) / 5)]:
         one = replace(plan, groups=plan.groups | {group: orders[group]})
@@ -151,16 +148,17 @@ def test_shuffled_groups_leave_the_outputs_as_they_were(kind):
 
 
 @pytest.mark.parametrize("kind", ["vit norms in each head", "dinov3", "eva02", "eva02 separate q k v"])
-def test_slots_inside_a_head_that_the_table_keeps_cannot_be_shuffled(kind):
+def test_channels_in_a_head_that_the_table_keeps_do_not_move(kind):
     name, kwargs, _, _ = PAIRS[kind]
     model = models.create(name, kwargs)
     tensors = random_tensors(model)
     plan = make_plan(model, model, Choices(heads="keep"), include_head=True, weights=None)
-    sources = {
-        key: replace(source, axes=tuple(axis and tuple("slots" if factor == 8 else factor for factor in axis) for axis in source.axes))
-        for key, source in plan.sources.items()
-    }  # fmt: skip
-    order = replace(plan, sources=sources, groups=plan.groups | {"slots": Group(8, [1, 0, 2, 3, 4, 5, 6, 7])})
+
+    def within_head(axis):  # the 8 channels as a group
+        return axis and tuple("channels" if factor == 8 else factor for factor in axis)
+
+    sources = {key: replace(source, axes=tuple(map(within_head, source.axes))) for key, source in plan.sources.items()}
+    order = replace(plan, sources=sources, groups=plan.groups | {"channels": Group(8, [1, 0, 2, 3, 4, 5, 6, 7])})
     result = {key: moved(tensor, order.indices(key)) for key, tensor in tensors.items()}
     assert not torch.equal(result["blocks.0.attn.proj.weight"], tensors["blocks.0.attn.proj.weight"])
     assert error(outputs(name, kwargs, result), outputs(name, kwargs, tensors)) > 1e-6
@@ -251,7 +249,7 @@ CASES += [(kind, Choices("middle", "magnitude")) for kind in ("dinov2", "fewer r
 
 
 @pytest.mark.parametrize(("kind", "choices"), CASES, ids=lambda value: getattr(value, "element_selection", value))
-def test_student_tensors_are_the_teachers_at_the_slots_that_the_description_names(kind, choices, tmp_path):
+def test_student_tensors_are_what_the_description_says(kind, choices, tmp_path):
     pair = (PAIRS | UNEQUAL_PAIRS)[kind]
     tensors = random_tensors(models.create(*pair[:2]))
     result, description = selected(tmp_path, pair, tensors, choices=choices)
@@ -268,7 +266,7 @@ def test_student_tensors_are_the_teachers_at_the_slots_that_the_description_name
             assert tensor.is_contiguous()
 
 
-# ---- what only one side has changes nothing where it cannot ----
+# ---- what only one side has changes nothing if it can be folded or begun so ----
 
 
 SAME_FUNCTION = {
@@ -282,9 +280,14 @@ SAME_FUNCTION = {
     "EVA-02 folds LayerScale": (EVA02, {**EVA, "init_values": 1.0}, EVA02, EVA),
     "ConvNeXt folds LayerScale": ("convnext_atto", CONV_MLP, "convnextv2_atto", PLAIN_V2),
     "ConvNeXt V2 from V1": ("convnext_atto", CONV_MLP, "convnextv2_atto", CONVNEXT),
-    "rows of the tokens merged": (VIT_NAME, {**VIT, "reg_tokens": 2}, VIT_NAME, {**VIT, "reg_tokens": 2, "no_embed_class": True}),
+    "rows of the tokens merged": (
+        VIT_NAME,
+        {**VIT, "reg_tokens": 2},
+        VIT_NAME,
+        {**VIT, "reg_tokens": 2, "no_embed_class": True},
+    ),
     "DINOv2 folds and keeps its registers": (DINOV2, VIT, VIT_NAME, {**VIT, "reg_tokens": 4, "no_embed_class": True}),
-}  # fmt: skip
+}
 SAME_OUTPUTS = {
     "ViT begins LayerScale": (VIT_NAME, VIT, VIT_NAME, {**VIT, "init_values": 1e-5}),
     "EVA-02 begins LayerScale": (EVA02, EVA, EVA02, {**EVA, "init_values": 1e-5}),
@@ -306,7 +309,7 @@ def test_what_is_folded_or_merged_leaves_the_outputs_as_they_were(kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", SAME_OUTPUTS)
-def test_what_begins_as_a_value_that_changes_nothing_leaves_the_outputs_equal(kind, tmp_path):
+def test_what_begins_without_effect_leaves_the_outputs_equal(kind, tmp_path):
     pair = SAME_OUTPUTS[kind]
     tensors = random_tensors(models.create(*pair[:2]))
     result, description = selected(tmp_path, pair, tensors, include_head=True)
@@ -328,20 +331,35 @@ def test_1x1_convolutions_and_linear_layers_have_the_same_values(teacher_has, tm
 
 
 @pytest.mark.parametrize(
-    ("pair", "reason", "message"),
+    ("teacher", "student", "reason", "message"),
     [
-        (("convnextv2_atto", CONVNEXT, "convnext_atto", SMALL_CONVNEXT), "leftover", r"mlp\.grn\.weight .* no counterpart"),
-        ((VIT_NAME, {**VIT, "qk_norm": True}, VIT_NAME, SMALL_VIT), "leftover", r"q_norm\.weight .* no counterpart"),
-        ((VIT_NAME, VIT, VIT_NAME, {**SMALL_VIT, "qk_norm": True, "embed_dim": 18}), "no teacher tensor", r"attn\.q_norm\.weight"),
-        ((DINOV2, VIT, DINOV2, {**SMALL_VIT, "reg_tokens": 5}), "narrower", r"reg_token: .*\[1, 4, 24\].*\[1, 5, 12\]"),
-        (("resnet18", {}, "resnet50", {}), "other layers", "BasicBlock, the student's Bottleneck"),
-        (("vit_large_patch16_sapiens2", {}, "vit_large_patch16_sapiens2", {}), "unknown tensor", r"k_proj\.weight is not a tensor"),
-        (("resnet50_gn", {}, "resnet50_gn", {}), "unknown tensor", r"bn1\.weight is not a tensor that this family knows"),
-        (("small_mixer", MIXER, "small_mixer", {**SMALL_MIXER, "img_size": 12}), "fixed axis", "mlp_tokens.fc1.weight"),
+        (
+            ("convnextv2_atto", CONVNEXT),
+            ("convnext_atto", SMALL_CONVNEXT),
+            "leftover",
+            r"grn\.weight .* no counterpart",
+        ),
+        ((VIT_NAME, {**VIT, "qk_norm": True}), (VIT_NAME, SMALL_VIT), "leftover", r"q_norm\.weight .* no counterpart"),
+        ((VIT_NAME, VIT), (VIT_NAME, {**SMALL_VIT, **NORMED}), "no teacher tensor", r"attn\.q_norm\.weight"),
+        ((DINOV2, VIT), (DINOV2, {**SMALL_VIT, "reg_tokens": 5}), "narrower", r"reg_token: .*1, 4, 24\].*\[1, 5, 12\]"),
+        (("resnet18", {}), ("resnet50", {}), "other layers", "BasicBlock, the student's Bottleneck"),
+        ((SAPIENS, {}), (SAPIENS, {}), "unknown tensor", r"k_proj\.weight is not a tensor"),
+        (
+            ("resnet50_gn", {}),
+            ("resnet50_gn", {}),
+            "unknown tensor",
+            r"bn1\.weight is not a tensor that this family knows",
+        ),
+        (
+            ("small_mixer", MIXER),
+            ("small_mixer", {**SMALL_MIXER, "img_size": 12}),
+            "fixed axis",
+            "mlp_tokens.fc1.weight",
+        ),
     ],
-)  # fmt: skip
-def test_pairs_that_would_compute_something_else_are_refused(pair, reason, message):
-    teacher, student = (models.create(*model, device="meta") for model in (pair[:2], pair[2:]))
+)
+def test_pairs_that_would_compute_something_else_are_refused(teacher, student, reason, message):
+    teacher, student = (models.create(*model, device="meta") for model in (teacher, student))
     with pytest.raises(Refused, match=message) as refused:
         make_plan(teacher, student, Choices(), include_head=False, weights=None)
     assert refused.value.reason == reason

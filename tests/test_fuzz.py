@@ -293,23 +293,17 @@ def test_names_from_a_file_reach_no_terminal_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool])
 def test_teacher_of_other_than_floating_point_is_refused(dtype, tmp_path):
-    kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
     tensors = {key: value.to(dtype) for key, value in fuzz_samples.MODELS[0].state_dict().items()}
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=rf"x\.pth: \S+ is of {str(dtype).removeprefix('torch.')}, not of floating"):
-        weight_selection.initialize(
-            fuzz_samples.NAME, fuzz_samples.NAME, pretrained_path=str(tmp_path / "x.pth"), **kwargs
-        )
+        weight_selection.select_weights(*fuzz_samples.PAIR, pretrained_path=str(tmp_path / "x.pth"))
 
 
 def test_kernel_that_would_take_minutes_to_resize_is_refused(tmp_path):
-    kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
     tensors = {**fuzz_samples.MODELS[0].state_dict(), "patch_embed.proj.weight": torch.ones(24, 3, 65, 64)}
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"has patch_embed.proj.weight \[24, 3, 65, 64\], a kernel larger than 64 x 64"):
-        weight_selection.initialize(
-            fuzz_samples.NAME, fuzz_samples.NAME, pretrained_path=str(tmp_path / "x.pth"), **kwargs
-        )
+        weight_selection.select_weights(*fuzz_samples.PAIR, pretrained_path=str(tmp_path / "x.pth"))
 
 
 def nested(depth):
@@ -359,9 +353,7 @@ def arrays(tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in entries:
                 archive.writestr(name, change(content) if name == "cls.npy" else content)
-        kwargs = {"teacher_kwargs": fuzz_reader.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
-        kwargs["include_head"] = include_head
-        return weight_selection.initialize(fuzz_samples.NAME, fuzz_samples.NAME, pretrained_path=str(path), **kwargs)
+        return weight_selection.select_weights(*fuzz_samples.PAIR, pretrained_path=str(path), include_head=include_head)
 
     return read
 

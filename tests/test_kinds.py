@@ -1,4 +1,4 @@
-"""What neither names nor shapes tell: rotations, norms, activations, pooling. The same weights would compute another thing."""
+"""What neither names nor shapes show: rotations, norms, activations, pooling. If they differ, so does the function."""
 
 import pytest
 import safetensors.torch
@@ -18,7 +18,7 @@ DINOV3 = ("vit_tiny_patch16_dinov3_qkvb", {"embed_dim": 32, "depth": 1, "num_hea
 
 
 def plan(name, teacher, student, *, include_head=False):
-    """The plan of two models of the architecture `name` with these arguments more."""
+    """The plan of two models of the architecture `name` with these further arguments."""
     built = [models.create(name, kwargs, device="meta") for kwargs in (teacher, student)]
     family = FAMILIES[models.family_of(built[0])]
     layouts = [Layout.of(model, family, () if include_head else models.head_prefixes(model)) for model in built]
@@ -40,18 +40,18 @@ def test_other_norms_are_refused():
         plan("vit_tiny", {**VIT, "norm_layer": "rmsnorm"}, VIT)
 
 
-def test_position_embedding_that_the_student_has_not_is_refused():
+def test_position_embedding_that_the_student_lacks_is_refused():
     with pytest.raises(Refused, match=r"the teacher's pos_embed \[1, 5, 16\] has no counterpart"):
         plan("vit_tiny", VIT, {**VIT, "pos_embed": "none"})
 
 
-def test_other_activation_is_said():
+def test_other_activation_is_noted():
     notes = plan("vit_tiny", {**VIT, "act_layer": "quick_gelu"}, VIT).notes
     assert notes == {"activation: the teacher's is QuickGELU, the student's GELU": 1}
 
 
 @pytest.mark.parametrize("include_head", [True, False])
-def test_other_pooling_is_said_where_the_classifier_is_taken(include_head):
+def test_other_pooling_is_noted_if_the_classifier_is_taken(include_head):
     notes = plan("vit_tiny", VIT, {**VIT, "global_pool": "avg", "fc_norm": False}, include_head=include_head).notes
     assert ("pooling: the teacher's is token, the student's avg" in notes) == include_head
 
@@ -70,9 +70,10 @@ def words(kwargs):
 
 def cut(tmp_path, weights, *more, teacher=VIT, student=VIT):
     safetensors.torch.save_file(weights, tmp_path / "t.safetensors")
-    return weight_selection.main(["--output_dir", str(tmp_path / "out.pth"), "--pretrained_model", "vit_tiny",
-        "--pretrained_kwargs", *words(teacher), "--pretrained_path", str(tmp_path / "t.safetensors"),
-        "--student_model", "vit_tiny", "--student_kwargs", *words(student), *more])  # fmt: skip
+    argv = ["--output_dir", str(tmp_path / "out.pth"), "--pretrained_path", str(tmp_path / "t.safetensors")]
+    argv += ["--pretrained_model", "vit_tiny", "--pretrained_kwargs", *words(teacher)]
+    argv += ["--student_model", "vit_tiny", "--student_kwargs", *words(student), *more]
+    return weight_selection.main(argv)
 
 
 @pytest.fixture
@@ -80,19 +81,19 @@ def weights():
     return models.create("vit_tiny", VIT).state_dict()
 
 
-def test_file_of_another_patch_size_is_said(weights, tmp_path, caplog):
+def test_file_of_another_patch_size_is_warned_of(weights, tmp_path, caplog):
     weights["patch_embed.proj.weight"] = torch.randn(16, 3, 4, 4)
     cut(tmp_path, weights)
     assert "timm made [16, 3, 8, 8] of patch_embed.proj.weight [16, 3, 4, 4]: is it a file of vit_tiny?" in caplog.text
 
 
-def test_file_under_other_names_is_told_by_one_of_them(weights, tmp_path):
+def test_file_under_other_names_shows_one_of_them(weights, tmp_path):
     with pytest.raises(UserError, match=r"has none of the tensors, but such as backbone\.\S+, of vit_tiny"):
         cut(tmp_path, {f"backbone.{key}": value for key, value in weights.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
-def test_weights_that_are_no_floating_point_are_refused(dtype, weights, tmp_path):
+def test_weights_that_are_not_floating_point_are_refused(dtype, weights, tmp_path):
     weights["norm.weight"] = weights["norm.weight"].to(dtype)
     with pytest.raises(UserError, match=rf"norm\.weight is of {str(dtype)[6:]}, not of floating point"):
         cut(tmp_path, weights)
@@ -110,7 +111,7 @@ def test_output_named_like_a_file_of_another_kind_is_refused(name, tmp_path):
         weight_selection.main(["--output_dir", str(tmp_path / name)])
 
 
-def test_options_without_effect_are_said(tmp_path, caplog, capsys):
+def test_options_without_effect_are_warned_of(tmp_path, caplog, capsys):
     weight_selection.main(
         ["--plan", "--output_dir", str(tmp_path / "x"), "--model_type", "convnext", "--heads", "keep"]
     )

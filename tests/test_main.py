@@ -145,13 +145,8 @@ def initialization(tmp_path):
     kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
     larger = models.create("vit_tiny", {**kwargs, "embed_dim": 64})
     torch.save(larger.state_dict(), tmp_path / "teacher.pth")
-    tensors, description = weight_selection.initialize(
-        "vit_tiny",
-        "vit_tiny",
-        teacher_kwargs={**kwargs, "embed_dim": 64},
-        student_kwargs=kwargs,
-        pretrained_path=str(tmp_path / "teacher.pth"),
-    )
+    pair = models.ModelSpec("vit_tiny", {**kwargs, "embed_dim": 64}), models.ModelSpec("vit_tiny", kwargs)
+    tensors, description = weight_selection.select_weights(*pair, pretrained_path=str(tmp_path / "teacher.pth"))
     (tmp_path / "init").mkdir()
     write_initialization(tmp_path / "init" / "vit.pth", tensors, description)
     return tmp_path / "init", tensors

@@ -47,7 +47,7 @@ def token_weights(**tensors):
          {"cls": [11], "dist": [11], "pos_embed": [20, 30]}),
         ({"cls": [1], "dist": [2], "pos_embed": [10, 15, 20, 30]}, {"cls": 1, "dist": 1, "pos_embed": 2},
          {"cls": [11], "dist": [17], "pos_embed": [20, 30]}),
-        # what the student has not is left out, with its row
+        # what the student lacks is left out, with its row
         ({"cls": [1], "dist": [2], "pos_embed": [10, 15, 20, 30]}, {"cls": 1, "pos_embed": 3},
          {"cls": [1], "pos_embed": [10, 20, 30]}),
         ({"cls": [1], "reg": [2, 3], "pos_embed": [10, 20, 30, 40, 50]}, {"cls": 1, "pos_embed": 3},
@@ -58,7 +58,7 @@ def token_weights(**tensors):
          {"cls": [1], "reg": [2, 4], "pos_embed": [10, 11, 13, 20, 30]}),
         ({"cls": [1], "reg": [2, 3, 4, 5], "pos_embed": [10, 11, 12, 13, 14, 20, 30]}, {"cls": 1, "reg": 2, "pos_embed": 2},
          {"cls": [11], "reg": [13, 17], "pos_embed": [20, 30]}),
-        # rows of registers that the teacher has not begin at 0, and the registers as noise
+        # rows of registers that the teacher lacks begin at 0, and the registers as noise
         ({"cls": [1], "pos_embed": [10, 20, 30]}, {"cls": 1, "reg": 1, "pos_embed": 4}, {"cls": [1], "pos_embed": [10, 0, 20, 30]}),
     ],
 )  # fmt: skip
@@ -73,7 +73,7 @@ def test_tokens_and_their_rows_are_those_worked_out_by_hand(teacher, student, ex
     for key, rows in named(expected).items():
         assert tensors[key].tolist() == [[[value] * 2 for value in rows]], key
     differ = teacher.keys() != student.keys() or (len(teacher["pos_embed"]) > 2) != (student["pos_embed"] > 2)
-    assert bool(notes) == differ  # fewer of a kind are a choice of slots like any other
+    assert bool(notes) == differ  # fewer of a kind are a choice like any other
 
 
 def test_new_tokens_are_small_and_differ():
@@ -84,7 +84,7 @@ def test_new_tokens_are_small_and_differ():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_what_the_teacher_has_not_begins_in_its_dtype(dtype):
+def test_what_the_teacher_lacks_begins_in_its_dtype(dtype):
     weights = {"blocks.0.mlp.fc2.weight": torch.ones(4, 4, dtype=dtype)}
     shapes = {"blocks.0.mlp.fc2.weight": (2, 2), "blocks.0.ls2.gamma": (2,), "reg_token": (1, 3, 2)}
     tensors, _ = student_of({"blocks.0.mlp.fc2.weight": (4, 4)}, shapes, weights)
@@ -93,7 +93,7 @@ def test_what_the_teacher_has_not_begins_in_its_dtype(dtype):
     assert len(torch.unique(tensors["reg_token"][0].double(), dim=0)) == 3
 
 
-def test_rows_for_tokens_that_are_not_there_are_refused():
+def test_rows_for_tokens_that_do_not_exist_are_refused():
     weights, shapes = token_weights(cls_token=[1], pos_embed=[10, 11, 20, 30])
     with pytest.raises(Refused, match="pos_embed has 2 rows besides those of 1x2 patches") as refused:
         student_of(shapes, {"cls_token": (1, 1, 2), "pos_embed": (1, 3, 2)}, weights)

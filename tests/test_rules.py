@@ -1,4 +1,4 @@
-"""The rules: which layers a student takes, and which slots of an axis group."""
+"""The rules: which layers a student takes, and which indices of an axis group."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import layout, plan_of, vit_layout
 
+from options import selection_options
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import choose
-from selection.rules import Choices, select_layers, select_slots
+from selection.rules import LAYER_RULES, Choices, select_indices, select_layers
 from selection.tensors import magnitudes, select
 
 VIT_B, VIT_T = "vit_base_patch16_224", "vit_tiny_patch16_224"
@@ -25,7 +26,7 @@ VIT_B, VIT_T = "vit_base_patch16_224", "vit_tiny_patch16_224"
     [
         ("first", 12, 4, {}, [0, 1, 2, 3]),
         ("middle", 12, 4, {}, [4, 5, 6, 7]),
-        ("middle", 12, 5, {}, [3, 4, 5, 6, 7]),  # one more behind than before
+        ("middle", 12, 5, {}, [3, 4, 5, 6, 7]),  # one more after it than before
         ("last", 12, 4, {}, [8, 9, 10, 11]),
         ("uniform", 12, 4, {}, [0, 3, 6, 9]),
         ("uniform", 12, 5, {}, [0, 3, 6, 8, 11]),  # of 0, 2.75, 5.5, 8.25, 11: ties to even
@@ -51,7 +52,7 @@ def test_layers_are_those_worked_out_by_hand(rule, source, target, kinds, expect
 
 
 PROPERTY = settings(derandomize=True, database=None, deadline=None)
-RULES = st.sampled_from(["first", "middle", "last", "uniform"])
+RULES = st.sampled_from(list(LAYER_RULES))
 
 
 @PROPERTY
@@ -69,17 +70,22 @@ def test_layers_ascend_and_keep_their_kind(rule, source, target, first_stays, tu
         assert all(layer % turns == number % turns for number, layer in enumerate(layers))
 
 
-@pytest.mark.parametrize("rule", ["first", "middle", "last", "uniform"])
+@pytest.mark.parametrize("rule", LAYER_RULES)
 def test_swin_layers_keep_their_windows_and_resnet_layers_their_place(rule):
     choices = Choices(rule)
     swin = plan_of(layout("swin_base_patch4_window7_224"), layout("swin_tiny_patch4_window7_224"), choices)
     assert {name: group.size for name, group in swin.layers.items()} == {
-        "layers.0.blocks": 2, "layers.1.blocks": 2, "layers.2.blocks": 18, "layers.3.blocks": 2,
-    }  # fmt: skip
+        f"layers.{stage}.blocks": depth for stage, depth in enumerate((2, 2, 18, 2))
+    }
     assert all(layer % 2 == number % 2 for number, layer in enumerate(swin.layers["layers.2.blocks"].kept))
     resnet = plan_of(layout("resnet101"), layout("resnet50"), choices)
     assert [len(group.kept) for group in resnet.layers.values()] == [3, 4, 6, 3]
     assert resnet.layers["layer3"].size == 23 and all(group.kept[0] == 0 for group in resnet.layers.values())
+
+
+@pytest.mark.parametrize("rule", LAYER_RULES)
+def test_each_layer_rule_is_an_option(rule):
+    assert selection_options(["--plan", "--layer_selection", rule]).layer_selection == rule
 
 
 def test_tensors_come_from_the_layer_that_the_rule_names():
@@ -88,7 +94,7 @@ def test_tensors_come_from_the_layer_that_the_rule_names():
     assert plan.sources["blocks.1.norm1.bias"].key == "blocks.3.norm1.bias"
 
 
-# ---- slots ----
+# ---- indices ----
 
 
 @PROPERTY
@@ -98,25 +104,25 @@ def test_tensors_come_from_the_layer_that_the_rule_names():
     st.integers(1, 3000),
     st.integers(0, 2**63 - 1),
 )
-def test_slots_ascend_in_range_or_are_refused(rule, source, target, seed):
+def test_indices_ascend_in_range_or_are_refused(rule, source, target, seed):
     score = np.random.default_rng(seed).integers(0, 4, source).astype(float)
     if target > source:
-        with pytest.raises(ValueError, match=f"{target} of {source} slots"):
-            select_slots(rule, source, target, group="stream", seed=seed, score=score)
+        with pytest.raises(ValueError, match=f"{target} of {source} indices"):
+            select_indices(rule, source, target, group="stream", seed=seed, score=score)
         return
-    slots = select_slots(rule, source, target, group="stream", seed=seed, score=score)
-    assert slots == sorted(set(slots)) and len(slots) == target and slots[0] >= 0 and slots[-1] < source
-    assert slots == select_slots(rule, source, target, group="stream", seed=seed, score=score)
+    kept = select_indices(rule, source, target, group="stream", seed=seed, score=score)
+    assert kept == sorted(set(kept)) and len(kept) == target and kept[0] >= 0 and kept[-1] < source
+    assert kept == select_indices(rule, source, target, group="stream", seed=seed, score=score)
     if rule == "magnitude" and target < source:
-        assert min(score[slots]) >= max(np.delete(score, slots))
+        assert min(score[kept]) >= max(np.delete(score, kept))
 
 
-def test_consecutive_slots_are_the_first():
-    assert select_slots("consecutive", 7, 3, group="stream", seed=0, score=None) == [0, 1, 2]
+def test_consecutive_indices_are_the_first():
+    assert select_indices("consecutive", 7, 3, group="stream", seed=0, score=None) == [0, 1, 2]
 
 
 def test_magnitude_takes_the_earlier_of_equals():
-    assert select_slots("magnitude", 5, 3, group="stream", seed=0, score=np.array([1.0, 2, 3, 2, 2])) == [1, 2, 3]
+    assert select_indices("magnitude", 5, 3, group="stream", seed=0, score=np.array([1.0, 2, 3, 2, 2])) == [1, 2, 3]
 
 
 def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
@@ -126,7 +132,8 @@ def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
         "blocks.0.mlp.fc2.weight": torch.tensor([[0.0, 0, 0], [3, 0, -1]]),  # columns: 3, 0, 1; rows: 0, √10
     }
     teacher = vit_layout({key: tuple(value.shape) for key, value in weights.items()})
-    student = vit_layout({"blocks.0.mlp.fc1.weight": (2, 1), "blocks.0.mlp.fc1.bias": (2,), "blocks.0.mlp.fc2.weight": (1, 2)})  # fmt: skip
+    shapes = {"blocks.0.mlp.fc1.weight": (2, 1), "blocks.0.mlp.fc1.bias": (2,), "blocks.0.mlp.fc2.weight": (1, 2)}
+    student = vit_layout(shapes)
     choices = Choices(element_selection="magnitude")
     outline = match(FAMILIES["vit"], teacher[0], student[0], choices)
     scores = magnitudes(weights, outline)
@@ -145,10 +152,10 @@ def test_magnitude_sums_over_the_blocks_of_a_fused_axis_and_over_heads():
     for heads in ("blend", "keep"):
         choices = Choices(element_selection="magnitude", heads=heads)
         scores |= magnitudes(weights, match(FAMILIES["vit"], teacher, teacher, choices))
-    slots = [0 + 16 + 64, 1 + 25 + 81, 4 + 36 + 100, 9 + 49 + 121]
-    np.testing.assert_allclose(scores["blocks.0.attn"], np.sqrt(slots), rtol=1e-15)
-    np.testing.assert_allclose(scores["blocks.0.attn.heads"], np.sqrt([slots[0] + slots[1], slots[2] + slots[3]]))
-    np.testing.assert_allclose(scores["blocks.0.attn.slots"], np.sqrt([slots[0] + slots[2], slots[1] + slots[3]]))
+    a, b, c, d = squares = 0 + 16 + 64, 1 + 25 + 81, 4 + 36 + 100, 9 + 49 + 121
+    np.testing.assert_allclose(scores["blocks.0.attn"], np.sqrt(squares), rtol=1e-15)
+    np.testing.assert_allclose(scores["blocks.0.attn.heads"], np.sqrt([a + b, c + d]))
+    np.testing.assert_allclose(scores["blocks.0.attn.slots"], np.sqrt([a + c, b + d]))
 
 
 def test_magnitude_counts_a_projection_with_the_layer_scale_folded_into_it():

@@ -1,13 +1,8 @@
-"""The families of models to select from, by name: a file each."""
+"""The families to select from, by the names of models.FAMILIES: a file per family says what its tensors' axes are."""
 
-from selection.families import convnext, eva, mixer, resnet, swin, vit
+from importlib import import_module
+
+import models
 from selection.family import Family
 
-FAMILIES: dict[str, Family] = {
-    "vit": vit.FAMILY,
-    "convnext": convnext.FAMILY,
-    "eva": eva.FAMILY,
-    "swin": swin.FAMILY,
-    "mixer": mixer.FAMILY,
-    "resnet": resnet.FAMILY,
-}
+FAMILIES: dict[str, Family] = {name: import_module(f"selection.families.{name}").FAMILY for name in models.FAMILIES}

@@ -4,7 +4,7 @@ from selection.family import Family, Shapes
 
 
 def axes(shapes: Shapes) -> dict[str, str]:
-    """The table; a stem of two convolutions has channels of its own between them."""
+    """Make the table. A stem of two convolutions has channels of its own between them."""
     second = next((number for number in (1, 2) if len(shapes.get(f"stem.{number}.weight", ())) == 4), None)
     stem = (
         {
@@ -21,7 +21,7 @@ def axes(shapes: Shapes) -> dict[str, str]:
         r"(stages\.\d+\.blocks\.\d+\.mlp)\.(fc1\.bias|grn\.weight|grn\.bias)": r"\1",
         r"((stages\.\d+)\.blocks\.\d+\.mlp)\.fc2\.weight": r"\2 \1",
         r"(stages\.\d+)\.blocks\.\d+\.mlp\.fc2\.bias": r"\1",
-        # behind a stem of stride 2 the first stage halves the image too, at the stem's width
+        # after a stem of stride 2 the first stage halves the image too, at the stem's width
         **{rf"stages\.{s}\.downsample\.0\.(weight|bias)": f"stages.{max(s - 1, 0)}" for s in range(4)},
         **{rf"stages\.{s}\.downsample\.1\.weight": f"stages.{s} stages.{max(s - 1, 0)}" for s in range(4)},
         r"(stages\.\d+)\.downsample\.1\.bias": r"\1",

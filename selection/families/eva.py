@@ -1,6 +1,7 @@
 """timm's Eva: DINOv3, EVA-02, the perception encoders, and other vision transformers with rotary positions.
 
-A rotation mixes a slot of a query with a fixed partner by a fixed angle: heads can be moved, slots inside them cannot.
+A rotation mixes a channel of a query with a fixed partner by a fixed angle. So heads may be reordered, but channels within
+a head may not.
 """
 
 from selection.families import vit
@@ -8,12 +9,12 @@ from selection.family import Family, Shapes
 
 
 def axes(shapes: Shapes) -> dict[str, str]:
-    """The table of ViT with slots that keep their places, and the projections that only this class has."""
+    """Make ViT's table, with heads whose channels keep their order, and the projections that only this class has."""
     heads = r"\1.heads*-"
-    # where several heads share a key and a value, heads of queries and of keys are not the same ones
+    # if several heads share a key and a value, there are fewer heads of keys than of queries: only queries are known
     alike = all(shape == shapes.get(key.replace(".q_proj.", ".k_proj."), shape) for key, shape in shapes.items())
     projections = "[qkv]_proj" if alike else "q_proj"
-    return vit.axes(shapes, slots="-") | {
+    return vit.axes(shapes, within_head="-") | {
         rf"(.+\.attn)\.({projections}|gate)\.weight": f"{heads} stream",
         rf"(.+\.attn)\.(({projections}|gate)\.bias|[qkv]_bias)": heads,
         r"blocks\..+\.gamma_[12]": "stream",

@@ -1,10 +1,10 @@
-"""timm's MlpMixer with mixing blocks (mixer_* and gmixer_*). Tokens are positions: they are neither chosen nor moved."""
+"""timm's MlpMixer with mixing blocks (mixer_* and gmixer_*). Tokens are positions: all are kept, in order."""
 
 from selection.family import Family, Shapes, packed
 
 
 def axes(shapes: Shapes) -> dict[str, str]:
-    """The table; gmixer_* packs the two halves of a gated MLP into one projection."""
+    """Make the table. gmixer_* packs the two halves of a gated MLP into one projection."""
     tokens = packed(shapes, r"(.+\.mlp_tokens)\.fc1\.weight", r"\1.fc2.weight")
     channels = packed(shapes, r"(.+\.mlp_channels)\.fc1\.weight", r"\1.fc2.weight")
     return {

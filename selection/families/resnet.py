@@ -4,14 +4,14 @@ from selection.family import Family, Shapes
 
 
 def axes(shapes: Shapes) -> dict[str, str]:
-    """The table. The stem's channels are those of the first stage where no projection stands between them."""
-    # the groups of a group norm would have to stay together: only batch norms are known
+    """Make the table. The stem's channels are those of the first stage if no projection stands between them."""
+    # only batch norms: the groups of a group norm would have to stay together
     norm = "(weight|bias|running_mean|running_var)" if "bn1.running_mean" in shapes else "(?!)"
     pools = "maxpool.0.weight" in shapes
     projected = any(key.startswith("layer1.0.downsample.") for key in shapes)
     pooled = "layer1" if not projected else "pool" if pools else "stem"
     stem = "stem" if pools else pooled
-    # in a convolution of several groups, each of them is cut alike
+    # all groups of a convolution are cut alike
     inner, outer = r"\1.conv2.groups*\1.in", r"\1.conv2.groups*\1.out"
     bottleneck = {
         rf"((layer\d)\.\d+)\.bn1\.{norm}": inner,

@@ -1,10 +1,10 @@
-"""timm's SwinTransformer (V1): windows that take turns in being shifted, and stages joined by merging 2 x 2 patches."""
+"""timm's SwinTransformer (V1): plain and shifted windows take turns, and stages are joined by merging 2 x 2 patches."""
 
 from selection.family import Family, Shapes
 
 
 def axes(shapes: Shapes) -> dict[str, str]:
-    """The table; merging puts the channels of four neighbours one behind the other."""
+    """Make the table. Merging concatenates the channels of four neighbours."""
     heads = r"\1.heads*\1.slots"
     return {
         r"patch_embed\.proj\.weight": "layers.0 - ~ ~",

@@ -10,13 +10,13 @@ LAYER_SCALES = {
 }
 
 
-def axes(shapes: Shapes, slots: str = r"\1.slots") -> dict[str, str]:
-    """The table; where queries and keys are normalized in each head, slots of different heads cannot be mixed."""
+def axes(shapes: Shapes, within_head: str = r"\1.slots") -> dict[str, str]:
+    """Make the table. If queries and keys are normalized in each head, channels of different heads cannot be mixed."""
     if any(".q_norm." in key for key in shapes):
-        slots = "-"
-    heads, pool = rf"\1.heads*{slots}", "attn_pool.heads*attn_pool.slots"
-    latent = "stream" if "attn_pool.q.weight" in shapes else pool  # without a projection it is the query
-    gate = packed(shapes, r"(blocks\..+\.mlp)\.fc1\.weight", r"\1.fc2.weight")  # timm's pooling has none
+        within_head = "-"
+    heads, pool = rf"\1.heads*{within_head}", "attn_pool.heads*attn_pool.slots"
+    latent = "stream" if "attn_pool.q.weight" in shapes else pool  # without a projection the latent is the query
+    gate = packed(shapes, r"(blocks\..+\.mlp)\.fc1\.weight", r"\1.fc2.weight")  # timm's attention pooling has no gate
     return {
         r"(cls|dist)_token": "- - stream",
         r"reg_token": "- registers stream",
