@@ -1,9 +1,9 @@
 """Plan every pair of timm's models within each family, from shapes alone, and count what is planned and what is refused.
 
-    python bench/pairs.py [--out results/pairs.json] [--families vit swin …]
+    python -m bench.pairs [--out results/pairs.json] [--families vit swin …]
 
-No weight is read and none is made: models are built on the meta device. Two models of one family are a pair in both
-orders. An exception other than a refusal with its reason ends the run with code 1.
+No weights are read or made: models are built on the meta device. Two models of a family are two pairs, one per order. Any
+exception but a refusal with its reason ends the run with code 1.
 """
 
 import argparse
@@ -18,8 +18,6 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import timm
 import torch
 
@@ -28,12 +26,12 @@ from selection.families import FAMILIES
 from selection.family import Layout, Refused
 from selection.match import match
 from selection.plan import choose
-from selection.rules import Choices
+from selection.rules import LAYER_RULES, Choices
 from utils import json_lines
 
 
 def names_of(kind: type) -> list[str]:
-    """All architectures of timm that may be of class `kind`: those of the modules that know the class."""
+    """List timm's architectures that may be of class `kind`: those of the modules that define or import the class."""
     names = set()
     for module in filter(lambda module: importlib.util.find_spec(f"timm.models.{module}"), timm.list_modules()):
         members = inspect.getmembers(importlib.import_module(f"timm.models.{module}"), inspect.isclass)
@@ -43,9 +41,9 @@ def names_of(kind: type) -> list[str]:
 
 
 def layouts(family: str) -> dict[str, Layout]:
-    """The layouts, without head, of all models of the family."""
+    """Describe all models of the family, without their heads."""
     found = {}
-    for name in names_of(models.FAMILIES[family]):
+    for name in names_of(models.FAMILIES[family].kind):
         model = models.create(name, {}, device="meta")
         if models.family_of(model) == family:
             found[name] = Layout.of(model, FAMILIES[family], models.head_prefixes(model))
@@ -53,7 +51,7 @@ def layouts(family: str) -> dict[str, Layout]:
 
 
 def count(family: str, known: dict[str, Layout], choices: Choices) -> tuple[list[str], dict[str, list[str]]]:
-    """The planned pairs, "teacher -> student", and the refused ones by reason."""
+    """List the pairs that can be planned, as "teacher -> student", and the refused ones by reason."""
     planned, refused = [], collections.defaultdict(list)
     for teacher, student in itertools.permutations(known, 2):
         pair = f"{teacher} -> {student}"
@@ -69,7 +67,7 @@ def count(family: str, known: dict[str, Layout], choices: Choices) -> tuple[list
 
 
 def counts(family: str, choices: Choices) -> dict:
-    """What `--out` holds of one family; printed as well."""
+    """Count one family for `--out`, and print the counts."""
     start, known = time.perf_counter(), layouts(family)
     planned, refused = count(family, known, choices)
     refused = dict(sorted(refused.items(), key=lambda item: -len(item[1])))
@@ -90,17 +88,17 @@ def counts(family: str, choices: Choices) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the count; returns what `--out` holds."""
+    """Count the families; returns what `--out` holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first")
-    parser.add_argument("--heads", choices=("blend", "keep"), help="(default: blend, keep where heads cannot be mixed)")
+    parser.add_argument("--layer_selection", choices=LAYER_RULES, default="first")
+    parser.add_argument("--heads", choices=("blend", "keep"), help="(default: blend; keep if heads cannot be mixed)")
     parser.add_argument("--out", metavar="FILE", help="write counts and the planned pairs as JSON")
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     choices = Choices(layer_selection=options.layer_selection, heads=options.heads)
     result = {
-        "command": " ".join(["python", "bench/pairs.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["python", "-m", "bench.pairs", *(sys.argv[1:] if argv is None else argv)]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__},
         "families": {family: counts(family, choices) for family in options.families},
     }

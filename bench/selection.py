@@ -1,7 +1,9 @@
-"""Times weight_selection.py, and its memory, against the plain way: build the teacher, load all of its file, slice, save.
+"""Measure weight_selection.py against the plain way: build the teacher, load its whole file, slice, save.
 
-Each measurement is a process of its own, which imports everything before it begins. Needs Linux (/proc), 7 GB of disk
-for the teachers' files (random values) and, for the plain way with the largest, 13 GB of memory.
+    python -m bench.selection [--out results/selection.md] [--folder teachers]
+
+Each measurement of time and memory is a process of its own, which imports everything before it begins. Needs Linux
+(/proc), 7 GB of disk for the teachers' files (random values) and 13 GB of memory for the largest, loaded the plain way.
 """
 
 import argparse
@@ -23,13 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # in place of this folder, whose selection.py is not the one to import
-
 MB = 10**6
 
 
 class Pair(NamedTuple):
-    """A teacher by its name, its file, and the student that is cut from it."""
+    """A teacher by its name and its file, and the student that is cut from it."""
 
     title: str
     teacher: str
@@ -60,18 +60,16 @@ WAYS = ("plain", "ours")
 
 
 def memory() -> dict[str, float]:
-    """This process's memory in MB: RssAnon is its own alone, VmRSS with mapped files, VmHWM the most that VmRSS was."""
+    """Read this process's memory in MB: RssAnon is private, VmRSS counts mapped files too, VmHWM is VmRSS at its peak."""
     with open("/proc/self/status") as file:
-        fields = (line.split() for line in file)
-        return {
-            field[0].rstrip(":"): int(field[1]) * 1024 / MB for field in fields if field[0][:3] in ("Rss", "VmR", "VmH")
-        }
+        values = dict(line.split(":", 1) for line in file)
+    return {key: int(values[key].split()[0]) * 1024 / MB for key in ("RssAnon", "VmRSS", "VmHWM")}
 
 
 @contextlib.contextmanager
 def sampled(measured: dict[str, float], interval: float = 0.002) -> Iterator[None]:
-    """Time the block and put its seconds, and the MB that it took at most, into `measured`."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    """Run the block; put its seconds, and the MB that it took at its peak, into `measured`."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, done = memory(), threading.Event()
     samples = [before["RssAnon"]]
 
@@ -92,55 +90,58 @@ def sampled(measured: dict[str, float], interval: float = 0.002) -> Iterator[Non
 
 
 def measure(way: str, pair: Pair, path: Path) -> dict[str, float]:
-    """One selection in one way, from a teacher's file to an initialization file in a temporary folder beside it."""
-    import safetensors.torch
-    import timm
-    import torch
-
-    import models
-    import weight_selection
-
-    def plain(output: Path) -> None:
-        name, kwargs = models.timm_arguments(pair.teacher, pair.kwargs)
-        teacher = timm.create_model(name, **kwargs)
-        if path.suffix == ".safetensors":
-            tensors = safetensors.torch.load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        teacher.load_state_dict(tensors)
-        name, kwargs = models.timm_arguments(pair.student, {})
-        student, weights, selected = timm.create_model(name, **kwargs), teacher.state_dict(), {}
-        for key, value in student.state_dict().items():
-            if not key.startswith("head."):
-                tensor = weights[key]
-                for axis, size in enumerate(value.shape):
-                    places = torch.linspace(0, tensor.shape[axis] - 1, size).round().long()
-                    tensor = tensor.index_select(axis, places)
-                selected[key] = tensor
-        torch.save(selected, output / "student.pth")
+    """Select once, from a teacher's file to an initialization file in a temporary folder beside it."""
+    import weight_selection  # here, so that the process that starts the others stays small
 
     def ours(output: Path) -> None:
+        argv = ["--output_dir", str(output), "--pretrained_model", pair.teacher, "--pretrained_path", str(path)]
         words = [f"{key}={value}" for key, value in pair.kwargs.items()]
-        kwargs = ["--pretrained_kwargs", *words] if words else []
-        weight_selection.main(["--output_dir", str(output), "--pretrained_model", pair.teacher, *kwargs,
-            "--pretrained_path", str(path), "--student_model", pair.student])  # fmt: skip
+        argv += ["--pretrained_kwargs", *words] if words else []
+        weight_selection.main([*argv, "--student_model", pair.student])
 
-    gc.freeze()  # as the script does; else the first collection walks through all that was imported, in either way
+    gc.freeze()  # or the first garbage collection, in either way, walks through everything that was imported
     measured = {}
     with (
         tempfile.TemporaryDirectory(dir=path.parent) as output,
         contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON
         sampled(measured),
     ):
-        {"plain": plain, "ours": ours}[way](Path(output))
+        ours(Path(output)) if way == "ours" else select_plainly(pair, path, Path(output))
     return measured
+
+
+def select_plainly(pair: Pair, path: Path, output: Path) -> None:
+    """Select as the paper's code does, with whole models in memory."""
+    import safetensors.torch
+    import timm
+    import torch
+
+    import models
+
+    name, kwargs = models.timm_arguments(pair.teacher, pair.kwargs)
+    teacher = timm.create_model(name, **kwargs)
+    if path.suffix == ".safetensors":
+        tensors = safetensors.torch.load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    teacher.load_state_dict(tensors)
+    name, kwargs = models.timm_arguments(pair.student, {})
+    student, weights, selected = timm.create_model(name, **kwargs), teacher.state_dict(), {}
+    for key, value in student.state_dict().items():
+        if not key.startswith("head."):
+            tensor = weights[key]
+            for axis, size in enumerate(value.shape):
+                indices = torch.linspace(0, tensor.shape[axis] - 1, size).round().long()
+                tensor = tensor.index_select(axis, indices)
+            selected[key] = tensor
+    torch.save(selected, output / "student.pth")
 
 
 # ---- all of them ----
 
 
 def make_teacher(pair: Pair, path: Path) -> None:
-    """Write the teacher's file with random values unless it is there."""
+    """Write the teacher's file, of random values, unless it exists."""
     if path.exists():
         return
     import safetensors.torch
@@ -159,16 +160,17 @@ def make_teacher(pair: Pair, path: Path) -> None:
 
 
 def in_own_process(*arguments: str) -> str:
-    """What this script prints with these arguments; what it says beside that is shown only if it fails."""
-    run = subprocess.run([sys.executable, str(Path(__file__).resolve()), *arguments], capture_output=True, text=True)
+    """Run this script with these arguments and return what it prints; its stderr is shown only if it fails."""
+    command = [sys.executable, "-m", "bench.selection", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"{shlex.join(arguments)} failed:\n{run.stderr}")
     return run.stdout
 
 
 def compare(names: list[str], repeat: int, folder: Path, log: Path | None) -> dict[str, dict[str, list[dict]]]:
-    """The measurements by pair and way, of `repeat` rounds that take turns, behind one round to warm the cache."""
-    results = {}
+    """Measure each pair in both ways in turn, `repeat` rounds after one that warms the page cache."""
+    results, folder = {}, folder.resolve()  # the children run in another folder
     for name in names:
         in_own_process("--make", name, "--folder", str(folder))
         results[name] = {way: [] for way in WAYS}
@@ -189,13 +191,13 @@ def median(runs: list[dict], key: str) -> float:
 
 
 def spread(runs: list[dict], key: str, digits: int) -> str:
-    """Median and, in brackets, least to most."""
+    """Write the median, with minimum and maximum in brackets."""
     values = [run[key] for run in runs]
     return f"{median(runs, key):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
 def table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """A row for each pair, in Markdown."""
+    """Make a Markdown table with a row per pair."""
     lines = [
         "| pair | plain, s | ours, s | ratio | plain RssAnon, MB | ours | plain peak RSS, MB | ours |",
         "|---" * 8 + "|",
@@ -209,7 +211,7 @@ def table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 def targets(results: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """What was to be reached, beside what was."""
+    """Compare the medians with their targets."""
     ours = {name: median(ways["ours"], "seconds") for name, ways in results.items()}
     lines = []
     if "vit_l" in results:
@@ -225,7 +227,7 @@ def targets(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 def hardware() -> str:
-    """Processor, cores and memory."""
+    """Name the processor, the cores and the memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 10**9
@@ -233,27 +235,28 @@ def hardware() -> str:
 
 
 def report(results: dict[str, dict[str, list[dict]]], repeat: int) -> str:
-    """The table, the targets, and what it was measured on, in Markdown."""
+    """Write the table, the targets and the environment in Markdown."""
     from utils import revision
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "safetensors"))
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
-    return "\n".join([
+    lines = [
         *table(results),
         "",
-        f"Median of n = {repeat} (least..most) behind one run that warms the page cache; time and memory after the imports,",
-        "to the written file. RssAnon: the most private memory, sampled every 2 ms. Peak RSS counts mapped files too.",
+        f"Median of n = {repeat} (least..most) after one run that warms the page cache; time and memory from after the",
+        "imports to the written file. RssAnon: peak private memory, sampled every 2 ms. Peak RSS counts mapped files too.",
         "",
         *targets(results),
         "",
         f"Hardware: {hardware()}; {platform.system()} {platform.release()}; OMP_NUM_THREADS {threads}.",
         f"Versions: Python {platform.python_version()}, {versions}; this code {revision() or 'outside git'}.",
-        f"Command: `python bench/selection.py {shlex.join(sys.argv[1:])}`",
-    ])  # fmt: skip
+        f"Command: `python -m bench.selection {shlex.join(sys.argv[1:])}`",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="recorded runs of each pair in each way")
     parser.add_argument("--out", type=Path, help="a Markdown file for the report; single runs go to .jsonl beside it")
     parser.add_argument("--folder", type=Path, help="for the teachers' files, kept; default: a temporary one, removed")

@@ -27,7 +27,7 @@ TEACHER_MATRIX, STUDENT_MATRIX = (8, 12), (4, 6)
 
 @dataclass(frozen=True)
 class Side:
-    """Where one of the two models is drawn: its left edge, its width and the sizes of its parts."""
+    """Where and how large one of the two models is drawn."""
 
     title: str
     left: float
@@ -37,7 +37,7 @@ class Side:
     cell: float
 
     def row(self, count: int, size: tuple[float, float], centre_y: float) -> list[Rectangle]:
-        """`count` boxes of `size` in one centred row, over the whole width unless that leaves wide gaps; no looks."""
+        """Place `count` boxes of `size` in a centred row, over the whole width unless the gaps would be wide."""
         gap = min((self.width - count * size[0]) / (count - 1), 16)
         left = self.left + (self.width - count * size[0] - (count - 1) * gap) / 2
         corners = [(left + i * (size[0] + gap), centre_y - size[1] / 2) for i in range(count)]
@@ -54,7 +54,7 @@ def text(axes: Axes, x: float, y: float, words: str, size: float = 12, **looks) 
 
 
 def box(axes: Axes, shape: Rectangle, *, colour: str, edge: str = "none") -> None:
-    """A rounded box where `shape` is."""
+    """Draw `shape` as a rounded box."""
     style = "round,pad=0,rounding_size=5"
     axes.add_patch(
         FancyBboxPatch(shape.get_xy(), shape.get_width(), shape.get_height(), style, fc=colour, ec=edge, lw=1)
@@ -62,7 +62,7 @@ def box(axes: Axes, shape: Rectangle, *, colour: str, edge: str = "none") -> Non
 
 
 def zoom(axes: Axes, shape: Rectangle, start_y: float, end: tuple[float, float, float]) -> None:
-    """A pale funnel of the width of `shape` at `start_y` to `end`: left, right, y."""
+    """Draw a pale funnel, from the width of `shape` at `start_y` to `end`: left, right, y."""
     left, right, y = end
     x = shape.get_x()
     corners = [(x, start_y), (x + shape.get_width(), start_y), (right, y), (left, y)]
@@ -75,7 +75,7 @@ def arrow(axes: Axes, y: float) -> None:
 
 
 def step(axes: Axes, y: float, number: int, title: str, lines: Sequence[str]) -> None:
-    """The words at the left of a row."""
+    """Write the words at the left of a row."""
     axes.add_patch(Rectangle((24, y - 34), 3, 68, fc=BLUE, ec="none"))
     text(axes, 38, y + 25, f"{number}  {title}", 14, weight="bold")
     for index, line in enumerate(lines):
@@ -83,7 +83,7 @@ def step(axes: Axes, y: float, number: int, title: str, lines: Sequence[str]) ->
 
 
 def draw_layers(axes: Axes) -> tuple[Rectangle, Rectangle]:
-    """Row 1; gives the layer of each side that row 2 looks into."""
+    """Draw row 1; returns the layer of each side that row 2 looks into."""
     shown = []
     for side, count in ((TEACHER, TEACHER_LAYERS), (STUDENT, STUDENT_LAYERS)):
         shapes = side.row(count, side.layer, LAYERS_Y)
@@ -97,7 +97,7 @@ def draw_layers(axes: Axes) -> tuple[Rectangle, Rectangle]:
 
 
 def draw_components(axes: Axes, layers: tuple[Rectangle, Rectangle]) -> tuple[Rectangle, Rectangle]:
-    """Row 2; gives the component of each side that row 3 looks into."""
+    """Draw row 2; returns the component of each side that row 3 looks into."""
     shown = []
     for side, layer in zip((TEACHER, STUDENT), layers, strict=True):
         shapes = side.row(len(COMPONENTS), side.chip, CHIPS_Y)
@@ -113,7 +113,7 @@ def draw_components(axes: Axes, layers: tuple[Rectangle, Rectangle]) -> tuple[Re
 
 
 def draw_matrix(axes: Axes, side: Side, weights: np.ndarray, picked: np.ndarray) -> None:
-    """Row 3 of one side: `weights` in shades, those not `picked` in grey."""
+    """Draw row 3 of one side: `weights` in shades, those not `picked` in grey."""
     rows, columns = weights.shape
     left = side.left + (side.width - columns * side.cell) / 2
     top = MATRIX_Y + rows * side.cell / 2
@@ -130,7 +130,7 @@ def draw_matrix(axes: Axes, side: Side, weights: np.ndarray, picked: np.ndarray)
 
 
 def draw() -> Figure:
-    """The whole picture."""
+    """Draw the whole picture."""
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
@@ -161,5 +161,5 @@ def draw() -> Figure:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("idea.png")
-    # no version of the library in the file, so that the same drawing gives the same bytes
+    # without the library's version in the file, the same drawing gives the same bytes
     draw().savefig(target, dpi=200, metadata={"Software": None})
