@@ -35,6 +35,7 @@ class _Matching:
         self.groups = AxisGroups(teacher, student, self.layers, self.table, self.heads, each_for_itself=inconsistent)
         self.folds = self._folds()
         if heads_are_fixed(self.table) and choices.heads is None:
+            # notes are part of the .json files and keep the word "slots"
             self._note("heads are kept whole: slots of different heads cannot be mixed here")
 
     def outline(self) -> Outline:

@@ -50,7 +50,7 @@ def draw(description: Mapping, path: Path) -> None:
     _text(axes, MARGIN, y + 34, "the teacher's indices, in order", colour=MUTED)
     key = "dark: kept; pale: not kept; between: the share that is kept, if a column stands for several indices"
     _text(axes, LEFT, y + 34, key, colour=MUTED)
-    notes = [f"{note} ({count} tensors)" for note, count in description["plan"]["notes"].items()]
+    notes = [note + f" ({count} tensors)" * (count > 1) for note, count in description["plan"]["notes"].items()]
     height = _lines(axes, y + 96, [line for note in notes for line in textwrap.wrap(note, 160)], colour=MUTED)
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     figure.set_size_inches(WIDTH / DPI, height / DPI)

@@ -300,7 +300,7 @@ SAME_OUTPUTS = {
 
 
 @pytest.mark.parametrize("kind", SAME_FUNCTION)
-def test_what_is_folded_or_merged_leaves_the_outputs_as_they_were(kind, tmp_path):
+def test_what_is_folded_or_merged_leaves_the_outputs_equal(kind, tmp_path):
     pair = SAME_FUNCTION[kind]
     tensors = random_tensors(models.create(*pair[:2]))
     result, description = selected(tmp_path, pair, tensors, include_head=True)

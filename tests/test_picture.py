@@ -44,7 +44,7 @@ def test_layers_that_keep_the_same_indices_share_a_strip():
     assert labels(heads) == ["blocks 0, 1, 3", "blocks 2", "blocks 4\N{EN DASH}5"]
 
 
-def test_stages_and_each_attention_of_a_layer_have_strips_of_their_own():
+def test_each_stage_and_each_attention_has_strips_of_its_own():
     groups = {"stages.0": (4, [0, 2]), "stages.1": (4, [0, 2]), "stages.1.blocks.0.mlp": (4, [0, 2])}
     stream, mlp = panels(plan_of(groups, ("stages.0.blocks", "stages.1.blocks"))).values()
     assert (labels(stream), labels(mlp)) == (["stages.0", "stages.1"], ["stages.1.blocks 0"])
@@ -123,7 +123,7 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
         ("file/plan.png", "file is not a folder"),
     ],
 )
-def test_a_plot_that_cannot_be_written_is_refused_before_the_work(name, problem, tmp_path, monkeypatch):
+def test_a_plot_that_cannot_be_written_is_refused_at_once(name, problem, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("x")

@@ -100,7 +100,7 @@ def test_rows_for_tokens_that_do_not_exist_are_refused():
     assert refused.value.reason == "positions"
 
 
-def test_position_embedding_of_one_value_stays_it_on_another_grid():
+def test_constant_position_embedding_is_constant_on_any_grid():
     weights, shapes = token_weights(cls_token=[1], pos_embed=[9, *[5] * 6])
     tensors, notes = student_of(
         shapes, {"cls_token": (1, 1, 2), "pos_embed": (1, 5, 2)}, weights, grids=((2, 3), (2, 2))
@@ -111,20 +111,22 @@ def test_position_embedding_of_one_value_stays_it_on_another_grid():
 
 
 def test_patches_are_resampled_by_timms_function():
-    weights = {"patch_embed.proj.weight": torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))}
-    tensors, notes = student_of({"patch_embed.proj.weight": (4, 3, 14, 14)}, {"patch_embed.proj.weight": (2, 3, 16, 16)}, weights)  # fmt: skip
-    expected = resample_patch_embed(weights["patch_embed.proj.weight"][[0, 2]], [16, 16])
-    assert torch.equal(tensors["patch_embed.proj.weight"], expected)
-    assert list(notes) == ["patch_embed.proj.weight resampled from patches of 14x14 to 16x16"]
+    key = "patch_embed.proj.weight"
+    weights = {key: torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))}
+    tensors, notes = student_of({key: (4, 3, 14, 14)}, {key: (2, 3, 16, 16)}, weights)
+    assert torch.equal(tensors[key], resample_patch_embed(weights[key][[0, 2]], [16, 16]))
+    assert list(notes) == [f"{key} resampled from patches of 14x14 to 16x16"]
 
 
 def test_relative_positions_follow_their_heads_to_other_windows():
-    key = "layers.0.blocks.0.attn.relative_position_bias_table"
-    teacher, student = (
-        (Layout({key: (places, heads)}, {"layers.0.blocks.0.attn.heads": heads}, {}, None,
-                {"layers.0.blocks.0.attn": window}), FAMILIES["swin"])
-        for places, heads, window in ((9, 4, (2, 2)), (25, 2, (3, 3)))
-    )  # fmt: skip
+    attention = "layers.0.blocks.0.attn"
+    key = f"{attention}.relative_position_bias_table"
+
+    def swin(offsets, heads, window):
+        shapes, counts = {key: (offsets, heads)}, {f"{attention}.heads": heads}
+        return Layout(shapes, counts, {}, None, {attention: window}), FAMILIES["swin"]
+
+    teacher, student = swin(9, 4, (2, 2)), swin(25, 2, (3, 3))
     table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     plan = plan_of(teacher, student, Choices(heads="keep"))
     expected = resize_rel_pos_bias_table(table[:, [0, 2]], [3, 3], (25, 2))

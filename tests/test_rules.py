@@ -71,7 +71,7 @@ def test_layers_ascend_and_keep_their_kind(rule, source, target, first_stays, tu
 
 
 @pytest.mark.parametrize("rule", LAYER_RULES)
-def test_swin_layers_keep_their_windows_and_resnet_layers_their_place(rule):
+def test_swin_keeps_its_windows_and_resnet_its_first_layers(rule):
     choices = Choices(rule)
     swin = plan_of(layout("swin_base_patch4_window7_224"), layout("swin_tiny_patch4_window7_224"), choices)
     assert {name: group.size for name, group in swin.layers.items()} == {
@@ -125,7 +125,7 @@ def test_magnitude_takes_the_earlier_of_equals():
     assert select_indices("magnitude", 5, 3, group="stream", seed=0, score=np.array([1.0, 2, 3, 2, 2])) == [1, 2, 3]
 
 
-def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
+def test_magnitude_sums_norms_over_the_tensors_of_a_group():
     weights = {
         "blocks.0.mlp.fc1.weight": torch.tensor([[3.0, 4], [0, 0], [6, 8]]),  # rows: 5, 0, 10; columns: √45, √80
         "blocks.0.mlp.fc1.bias": torch.tensor([1.0, -7, 0]),  # 1, 7, 0
@@ -144,7 +144,7 @@ def test_magnitude_ranks_by_norms_summed_over_the_tensors_of_a_group():
     assert select(weights, plan)["blocks.0.mlp.fc2.weight"].tolist() == [[3, -1]]
 
 
-def test_magnitude_sums_over_the_blocks_of_a_fused_axis_and_over_heads():
+def test_magnitude_sums_over_fused_blocks_and_over_heads():
     weights = {"blocks.0.attn.qkv.bias": torch.arange(12.0)}  # q 0 1 2 3, k 4 5 6 7, v 8 9 10 11, two heads
     shapes = {"blocks.0.attn.qkv.bias": (12,)}
     teacher = Layout(shapes, {"blocks.0.attn.heads": 2}, {}, None, {})
@@ -158,7 +158,7 @@ def test_magnitude_sums_over_the_blocks_of_a_fused_axis_and_over_heads():
     np.testing.assert_allclose(scores["blocks.0.attn.slots"], np.sqrt([a + c, b + d]))
 
 
-def test_magnitude_counts_a_projection_with_the_layer_scale_folded_into_it():
+def test_magnitude_includes_a_folded_layer_scale():
     weights = {"blocks.0.mlp.fc2.weight": torch.tensor([[1.0], [1]]), "blocks.0.ls2.gamma": torch.tensor([3.0, 5])}
     teacher = vit_layout({key: tuple(value.shape) for key, value in weights.items()})
     student = vit_layout({"blocks.0.mlp.fc2.weight": (1, 1)})

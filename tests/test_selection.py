@@ -26,7 +26,7 @@ def agree(qkv, proj, width):
     return blocks == [proj[1]] * 3 and columns == proj[0]
 
 
-def test_vit_l_cut_as_the_original_does_disagrees_and_our_plan_does_not():
+def test_vit_l_is_cut_consistently_unlike_by_the_original():
     original = {
         "qkv": (evenly_spaced(3072, 576), evenly_spaced(1024, 192)),
         "proj": (evenly_spaced(1024, 192), evenly_spaced(1024, 192)),
@@ -187,7 +187,7 @@ def check_plan(teacher, student, choices, possible):
 
 @PROPERTY
 @given(VITS, VITS, CHOICES)
-def test_any_two_vits_are_planned_if_and_only_if_the_student_fits_in(teacher, student, choices):
+def test_vits_are_planned_if_and_only_if_the_student_fits(teacher, student, choices):
     possible = teacher[0] * teacher[1] >= student[0] * student[1] and teacher[2] >= student[2]
     possible &= int(teacher[0] * teacher[1] * teacher[3]) >= int(student[0] * student[1] * student[3])
     if choices.heads == "keep":
@@ -198,7 +198,7 @@ def test_any_two_vits_are_planned_if_and_only_if_the_student_fits_in(teacher, st
 @pytest.mark.parametrize("build", [any_resnet, any_convnext])
 @PROPERTY
 @given(STAGES, STAGES, CHOICES, st.booleans())
-def test_any_two_staged_models_are_planned_if_and_only_if_the_student_fits_in(build, teacher, student, choices, fit):
+def test_staged_models_are_planned_if_and_only_if_they_fit(build, teacher, student, choices, fit):
     if fit:  # two at random hardly ever do
         student = [tuple(map(min, *stages)) for stages in zip(teacher, student, strict=True)]
     possible = all(
@@ -209,7 +209,7 @@ def test_any_two_staged_models_are_planned_if_and_only_if_the_student_fits_in(bu
 
 @PROPERTY
 @given(SWINS, SWINS, CHOICES)
-def test_any_two_swins_are_planned_if_and_only_if_the_student_fits_in(teacher, student, choices):
+def test_swins_are_planned_if_and_only_if_the_student_fits(teacher, student, choices):
     # the tables of relative positions have an axis of heads, whether these are kept whole or not
     possible = teacher[0] >= student[0] and teacher[0] * teacher[1] >= student[0] * student[1]
     possible &= all(there >= own for there, own in zip(teacher[2], student[2], strict=True))
@@ -258,7 +258,7 @@ def test_a_student_without_channels_is_refused():
     assert refused.value.reason == "widths"
 
 
-def test_models_of_one_family_with_other_layers_or_of_two_families_are_refused():
+def test_other_layers_and_other_families_are_refused():
     with pytest.raises(UserError, match="is of the family swin, .* of the family vit"):
         select_weights(ModelSpec(SWIN_T), ModelSpec(VIT_T), plan_only=True)
     with pytest.raises(Refused, match="ParallelThingsBlock") as refused:
