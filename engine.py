@@ -1,4 +1,4 @@
-"""One training epoch and one exact evaluation: any device, any precision, one path."""
+"""One training epoch and one exact evaluation, the same code for any device and any precision."""
 
 import contextlib
 import logging
@@ -13,21 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.workers import ahead
 from optim_factory import set_schedules
+from training.checkpoint import Progress
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
 from training.meters import DeviceSums, Speed, count_in_top
 from utils import Stopped, Stream, UserError, derive_seed
 
 log = logging.getLogger(__name__)
 
-SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: this many mean it found none that works
+SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: after so many, no scale will work
 
 
 @dataclass
 class Precision:
     """Autocast to `dtype` (None: float32 throughout) on `device`, and the scaler that guards every update.
 
-    One scaler serves all precisions: at scale 1 it multiplies by exactly 1 and still keeps an update with non-finite
-    gradients from being applied, on the device, without a wait. In float16 it scales the loss as well.
+    One scaler serves all precisions. At scale 1 it multiplies by exactly 1 and still skips an update with non-finite
+    gradients, on the device, without a wait. In float16 it scales the loss as well.
     """
 
     device: torch.device
@@ -48,17 +49,17 @@ class Precision:
 
     @classmethod
     def choose(cls, device: torch.device, use_amp: bool, name: str | None = None) -> "Precision":
-        """float32, or with `use_amp` the type of that name, by default float16 on cuda and bfloat16 elsewhere.
+        """Choose float32 or, with `use_amp`, the type of that name: by default float16 on cuda and bfloat16 elsewhere.
 
-        A CPU without bfloat16 units would train many times slower in it: there float32 stays, with a warning,
-        unless the type is named.
+        A CPU without bfloat16 units would train many times slower. It stays in float32, with a warning, unless the
+        type is named.
         """
         units = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
         if use_amp and name is None and device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, units)):
+            use_amp = False
             log.warning(
                 "--use_amp true: this CPU has no bfloat16 units and would be many times slower; training in float32"
             )
-            use_amp = False
         default = "float16" if device.type == "cuda" else "bfloat16"
         return cls(device, getattr(torch, name or default) if use_amp else None)
 
@@ -68,10 +69,10 @@ class Precision:
 
 @dataclass
 class Trainer:
-    """What an epoch needs: the model as it is called (perhaps in DDP) and everything that updates it.
+    """The model as it is called (perhaps in DDP) and everything that updates it.
 
-    `lr` and `weight_decay` hold a value for each optimizer step of the whole run. `mixer` mixes (images, targets, key)
-    or is None, then targets stay class numbers. `clip_grad` is the greatest gradient norm, None for any.
+    `lr` and `weight_decay` hold a value per optimizer step of the whole run. `mixer` mixes (images, targets, key); if it
+    is None, targets stay class numbers. `clip_grad` is the largest gradient norm, None for any.
     """
 
     model: nn.Module
@@ -88,9 +89,9 @@ class Trainer:
     log_freq: int = 10
     channels_last: bool = False
     save_freq: int | None = None  # updates between saves within an epoch
-    asked_to_stop: Callable[[], bool] = lambda: False  # this rank; all end when one is
-    compiles: bool = False  # the next update compiles the model, which is reported and not counted into the speed
-    skips_in_a_row: Tensor = field(init=False)  # [] updates that were not applied, up to now
+    asked_to_stop: Callable[[], bool] = lambda: False  # for this rank; all stop if one is asked
+    compiles: bool = False  # the next update compiles the model; its time is reported, not counted into the speed
+    skips_in_a_row: Tensor = field(init=False)  # [], the latest updates that were not applied
 
     def __post_init__(self):
         self.skips_in_a_row = torch.zeros((), device=self.precision.device)
@@ -100,7 +101,7 @@ class Trainer:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def state(self) -> dict:
-        """What a checkpoint holds of the training itself: weights, their average, optimizer and scaler."""
+        """Return what a checkpoint holds of the training itself: weights, their average, optimizer and scaler."""
         state = {"model": self.bare_model.state_dict()}
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
@@ -108,7 +109,7 @@ class Trainer:
         return state | {"optimizer": self.optimizer.state_dict()} | scaler
 
     def load_state(self, state: dict) -> None:
-        """Take what `state` gave, but for the weights, which the model has had since before it was compiled."""
+        """Load what `state` returned, except the weights, which were loaded before the model was compiled."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.skips_in_a_row += state["skips_in_a_row"]
@@ -118,76 +119,80 @@ def layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-@dataclass
-class Progress:
-    """Where a run is: `done` updates into `epoch`, what was summed over these, and the best figures of earlier epochs."""
-
-    epoch: int = 0
-    done: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-
-
 def train_one_epoch(
     trainer: Trainer, batches, progress: Progress, *, steps: int, report: Callable, save: Callable = lambda: None
 ) -> dict[str, float]:
-    """Train for what is left of an epoch of `steps` updates and return its means over all ranks.
+    """Train for the rest of an epoch of `steps` updates; return the epoch's means over all ranks.
 
-    `batches` yields `(steps - progress.done) * update_freq` batches of (images [batch, 3, H, W], class numbers
-    [batch]). Every `log_freq` updates, every `save_freq`, and at the end, the host waits for the device once. A loss
-    or gradient that was not finite (its update was not applied) ends the run then with UserError on all ranks; else
-    `progress` is brought up to date and `report(step, lr, means, images_per_second)` called. `save()` is, every
-    `save_freq` updates, and before all ranks raise Stopped because one was asked to stop.
+    `batches` yields `(steps - progress.done) * update_freq` batches of (images [batch, 3, H, W], class numbers [batch]).
+    The host waits for the device only at log steps: every `log_freq` updates, every `save_freq`, and at the end. There
+    it updates `progress` and calls `report(step, lr, means, images_per_second)`. UserError on all ranks if a loss or
+    gradient was not finite; its update was not applied. `save()` is called every `save_freq` updates, and before all
+    ranks raise Stopped because one of them was asked to stop.
     """
     trainer.model.train()
-    device = trainer.precision.device
-    source = ahead(batches, device)
-    window_sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", "stop"), device)
-    longest = torch.zeros((), device=device)
+    source = ahead(batches, trainer.precision.device)
+    window = Window(trainer.precision.device)
     speed, compile_seconds, first_step = Speed(world_size()), {}, progress.epoch * steps
     for done in range(progress.done + 1, steps + 1):
         step = first_step + done - 1
-        set_schedules(trainer.optimizer, trainer.lr[step], trainer.weight_decay[step])
+        lr = float(trainer.lr[step])
+        set_schedules(trainer.optimizer, lr, trainer.weight_decay[step])
         loss, correct, images = _accumulate_gradients(trainer, source, step)
         grad_norm = _update(trainer)
-        bad_grad = ~grad_norm.isfinite()
-        trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
-        longest = torch.maximum(longest, trainer.skips_in_a_row)
-        finite_norm = torch.where(bad_grad, 0.0, grad_norm)
-        window_sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, torch.zeros_like(loss))
+        window.add(trainer, loss, correct, grad_norm)
         speed.add(images)
         if trainer.compiles:
             trainer.compiles = False
-            loss.item()  # until the device is done
+            loss.item()  # wait until the device is done
             compile_seconds = {"compile_seconds": speed.restart()}
             log.info("compiled: %.0f s for the first update", compile_seconds["compile_seconds"])
         save_is_due = trainer.save_freq and done % trainer.save_freq == 0
         if done % trainer.log_freq == 0 or done == steps or save_is_due:
-            window_sums.values[-1] += trainer.asked_to_stop()
-            window = window_sums.read()
             updates = done - progress.done
-            where = (
-                f"in the {updates} updates up to step {step} of epoch {progress.epoch}, at lr {trainer.lr[step]:.3g}"
-            )
-            _stop_if_not_finite(window, longest, trainer.precision.scales_loss, where)
-            figures = {"correct": window["correct"], "images": float(updates * images * world_size())}
-            figures |= {name: window[name] / world_size() for name in ("loss", "grad_norm")}
+            where = f"in the {updates} updates up to step {step} of epoch {progress.epoch}, at lr {lr:.3g}"
+            figures, stop = window.read(trainer, where)
+            figures["images"] = float(updates * images * world_size())
             progress.sums |= {name: progress.sums.get(name, 0.0) + value for name, value in figures.items()}
             progress.done = done
-            report(step, float(trainer.lr[step]), _means(figures, updates, trainer.mixer is None), speed.read())
-            if save_is_due or window["stop"]:
+            report(step, lr, _means(figures, updates, trainer.mixer is None), speed.read())
+            if save_is_due or stop:
                 save()
-            if window["stop"]:
+            if stop:
                 raise Stopped(f"after {done} of the {steps} updates of epoch {progress.epoch}", agreed=True)
     means = _means(progress.sums, steps, trainer.mixer is None)
     schedules = _schedule_means(trainer, slice(first_step, first_step + steps))
-    return means | schedules | {"images_per_second": speed.in_all()} | compile_seconds
+    return means | schedules | {"images_per_second": speed.overall()} | compile_seconds
+
+
+class Window:
+    """What is summed on the device between two log steps."""
+
+    def __init__(self, device: torch.device):
+        self.sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", "stop"), device)
+        self.longest = torch.zeros((), device=device)  # most updates in a row that were not applied
+
+    def add(self, trainer: Trainer, loss: Tensor, correct: Tensor, grad_norm: Tensor) -> None:
+        """Add one update, without a wait."""
+        bad_grad = ~grad_norm.isfinite()
+        trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
+        self.longest = torch.maximum(self.longest, trainer.skips_in_a_row)
+        finite_norm = torch.where(bad_grad, 0.0, grad_norm)
+        self.sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, torch.zeros_like(loss))
+
+    def read(self, trainer: Trainer, where: str) -> tuple[dict[str, float], bool]:
+        """Return the sums, and whether a rank was asked to stop. UserError on all ranks if an update was not finite."""
+        self.sums.values[-1] += trainer.asked_to_stop()
+        sums = self.sums.read()
+        _stop_if_not_finite(sums, self.longest, trainer.precision.scales_loss, where)
+        figures = {name: sums[name] / world_size() for name in ("loss", "grad_norm")}
+        return figures | {"correct": sums["correct"]}, bool(sums["stop"])
 
 
 def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tuple[Tensor, Tensor, int]:
-    """The backward passes of one update: the mean loss [], how many were right [], and the images this rank used.
+    """Make the backward passes of one update; return mean loss [], correct predictions [], images used by this rank.
 
-    The gradients of all ranks are averaged once, in the last pass.
+    DDP averages the gradients over the ranks once, in the last pass.
     """
     precision, losses, correct, images_seen = trainer.precision, [], [], 0
     for micro_step in range(trainer.update_freq):
@@ -203,7 +208,7 @@ def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tupl
             with precision.autocast():
                 logits = trainer.model(images)
                 loss = trainer.criterion(logits, targets)
-            # a loss that is not finite can have finite gradients; it must not: the scaler looks at these alone
+            # A non-finite loss can have finite gradients. Make them non-finite too: the scaler looks at nothing else.
             poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             precision.scaler.scale(loss * poison / trainer.update_freq).backward()
         losses.append(loss.detach())
@@ -217,7 +222,7 @@ def _no_sync(model: nn.Module):
 
 
 def _update(trainer: Trainer) -> Tensor:
-    """Clip, apply and clear the gradients; returns their norm [] before clipping."""
+    """Clip, apply and clear the gradients; return their norm [] before clipping."""
     scaler, optimizer = trainer.precision.scaler, trainer.optimizer
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.grad is not None]
@@ -232,13 +237,13 @@ def _update(trainer: Trainer) -> Tensor:
     return norm
 
 
-def _stop_if_not_finite(window: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
-    """UserError on every rank if an update since the last reading was not finite; `window` is the same on all ranks."""
-    mend = "nothing of that was saved: try a lower --lr or --clip_grad 1"
-    if window["bad_loss"]:
-        raise UserError(f"the loss was not finite {where}; {mend}")
-    if window["bad_grad"] and not skips_allowed:
-        raise UserError(f"a gradient was not finite {where}; {mend}")
+def _stop_if_not_finite(sums: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
+    """UserError if an update since the last reading was not finite. `sums` is the same on all ranks, so all raise."""
+    advice = "nothing of that was saved: try a lower --lr or --clip_grad 1"
+    if sums["bad_loss"]:
+        raise UserError(f"the loss was not finite {where}; {advice}")
+    if sums["bad_grad"] and not skips_allowed:
+        raise UserError(f"a gradient was not finite {where}; {advice}")
     if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
         raise UserError(
             f"float16 gradients overflowed {int(longest.item())} times in a row {where}: try --amp_dtype bfloat16"
@@ -246,40 +251,42 @@ def _stop_if_not_finite(window: dict[str, float], longest: Tensor, skips_allowed
 
 
 def _means(sums: dict[str, float], steps: int, hard_targets: bool) -> dict[str, float]:
-    """Means over `steps` updates of what was summed over them, and over ranks."""
+    """Turn sums over `steps` updates and all ranks into means."""
     means = {name: sums[name] / steps for name in ("loss", "grad_norm")}
     return means | ({"class_acc": sums["correct"] / sums["images"]} if hard_targets else {})
 
 
 def _schedule_means(trainer: Trainer, steps: slice) -> dict[str, float]:
-    """Means over the steps of the highest and the lowest learning rate among the groups, and of the weight decay."""
+    """Return the means over the steps of the groups' highest and lowest learning rate, and of the weight decay."""
     scales = [group["lr_scale"] for group in trainer.optimizer.param_groups]
     lr = float(trainer.lr[steps].mean())
-    return {
-        "lr": lr * max(scales),
-        "min_lr": lr * min(scales),
-        "weight_decay": float(trainer.weight_decay[steps].mean()),
-    }
+    weight_decay = float(trainer.weight_decay[steps].mean())
+    return {"lr": lr * max(scales), "min_lr": lr * min(scales), "weight_decay": weight_decay}
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches, precision: Precision, *, channels_last: bool = False, over_ranks: bool = True,
-    asked_to_stop: Callable[[], bool] | None = None, log_freq: int = 10
-) -> dict[str, float]:  # fmt: skip
-    """Cross-entropy and top-1 and top-5 accuracy in percent over every image that the ranks' `batches` hold together.
+    model: nn.Module,
+    batches,
+    precision: Precision,
+    *,
+    channels_last: bool = False,
+    over_ranks: bool = True,
+    asked_to_stop: Callable[[], bool] | None = None,
+    log_freq: int = 10,
+) -> dict[str, float]:
+    """Measure cross-entropy and top-1 and top-5 accuracy in percent over every image in the ranks' `batches` together.
 
-    Sums and counts are added, never means, so that the shares of the ranks and the last batch may have any size.
-    With `over_ranks` false each rank has all images and no sum over ranks is taken. With `asked_to_stop`, every
-    `log_freq` batches the ranks look whether one of them was, and then all raise Stopped.
+    It adds sums and counts, never means, so the ranks' shares and the last batch may have any size. With `over_ranks`
+    false, each rank has all images and measures alone. With `asked_to_stop`, the ranks check every `log_freq` batches
+    whether one of them was asked, and then all raise Stopped.
     """
     if over_ranks:
-        share_buffers(model)  # batch norm's statistics differ between ranks, which have to measure one model
+        share_buffers(model)  # batch norm's statistics differ between ranks, which must measure one model
     model.eval()
     sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
-    last_look = (
-        min(of_all_ranks(len(batches))) if asked_to_stop else 0
-    )  # a rank with a batch more than others has no one to ask
+    # A rank with one batch more than the others would ask alone and wait forever.
+    last_look = min(of_all_ranks(len(batches))) if asked_to_stop else 0
     for number, (images, targets) in enumerate(ahead(batches, precision.device)):
         if number < last_look and number % log_freq == 0 and any_rank(asked_to_stop(), precision.device):
             raise Stopped("during the evaluation", agreed=True)

@@ -11,9 +11,9 @@ from utils import UserError, first_line
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """The trainable parameters by weight decay and, with `layer_decay` < 1, by depth; each group has its `lr_scale`.
+    """Group the trainable parameters by weight decay and, if `layer_decay` < 1, by depth; each group has an `lr_scale`.
 
-    1-d tensors, biases and the model's own exceptions (tokens, position embedding) are not decayed.
+    1-d tensors, biases and the model's own exceptions (tokens, position embedding) have no weight decay.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay < 1:
@@ -24,9 +24,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: float, eps: float | None, betas=None):
-    """timm's optimizer of that name, fused where it can be: the plain AdamW reads 32 scalars back a step, a fused none."""
+    """Build timm's optimizer of that name, fused if possible: plain AdamW reads 32 scalars back per step, fused none."""
     if "adahessian" in name:
-        raise UserError("--opt adahessian needs second derivatives, which this training loop does not take")
+        raise UserError("--opt adahessian needs second derivatives, which this training loop does not compute")
     given = {"eps": eps, "betas": betas and tuple(betas)}
     try:
         inner = name.lower().removeprefix("lookahead_")
@@ -40,10 +40,10 @@ def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: floa
 
 
 def cosine_schedule(base: float, final: float, *, steps: int, warmup_steps: int = 0) -> np.ndarray:
-    """One value for each of `steps` updates: linear from 0 to `base`, then half a cosine towards `final`; float64.
+    """Return a value per update, float64 [steps]: linear from 0 to `base`, then half a cosine towards `final`.
 
-    The warm-up's last value is `base` and the cosine starts there again, as in the paper's code (utils.py,
-    `cosine_scheduler`, at e9b6d0c). Raises ValueError if the warm-up is longer than the run.
+    The warm-up ends at `base` and the cosine starts there again, as in the paper's code (utils.py, `cosine_scheduler`,
+    at e9b6d0c). ValueError if the warm-up is longer than the run.
     """
     if warmup_steps > steps:
         raise ValueError(f"a warm-up of {warmup_steps} updates is longer than the run of {steps}")
@@ -53,7 +53,7 @@ def cosine_schedule(base: float, final: float, *, steps: int, warmup_steps: int 
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give each group its learning rate and, where it decays at all, its weight decay for the next update."""
+    """Set each group's learning rate for the next update, and its weight decay if it has any."""
     for group in optimizer.param_groups:
         group["lr"] = float(lr) * group["lr_scale"]
         if group["weight_decay"] > 0:

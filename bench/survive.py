@@ -1,10 +1,10 @@
-"""Kills training runs by SIGKILL at random moments, resumes each to its end, and compares the weights bit for bit.
+"""Kill training runs by SIGKILL at random moments, resume each to its end, and compare the weights bit for bit.
 
-    python bench/survive.py [--runs 100] [--out results/survive.json]
+    python -m bench.survive [--runs 100] [--out results/survive.json]
 
 Each run is killed one to three times: half of the kills at a random moment, half while a file is being written. Of two
-processes one or both are killed; the other has to end by itself, and so have all workers. The runs are forked from this
-process, which has imported everything, so that a start takes no time and a run seconds: small models on images of noise,
+processes, one or both are killed; the other must end by itself, and so must all workers. This process has imported
+everything and forks the runs, so that a start takes no time and a run takes seconds: small models on images of noise,
 four epochs, saved every second update.
 """
 
@@ -25,8 +25,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import numpy as np
 import torch
 from PIL import Image
@@ -45,12 +43,12 @@ VARIANTS = {
     "2 processes, accumulating": (2, "--batch_size 2 --update_freq 2 --num_workers 0"),
     "2 processes, worker, cache": (2, "--batch_size 4 --num_workers 1 --augment device --cache ram"),
 }
-END_SECONDS = 60  # within which the other process has to end after a kill
-WORKERS_END_SECONDS = 10  # and all workers, once their runs have
+END_SECONDS = 60  # for the other process to end after a kill
+WORKERS_END_SECONDS = 10  # for all workers to end once their runs have
 
 
 def make_images(folder: Path) -> Path:
-    """48 training and 12 evaluation images of noise, of two classes."""
+    """Write 48 training and 12 evaluation images of noise, of two classes."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 6)):
         for name in ("dark", "light"):
@@ -63,7 +61,7 @@ def make_images(folder: Path) -> Path:
 
 
 class Job:
-    """A run of main.py in one or several processes, started as a launcher would; what they say goes to a file."""
+    """A run of main.py in one or several processes, started as a launcher would; their output goes to a file."""
 
     def __init__(self, argv: list[str], processes: int, said: Path):
         with socket.socket() as probe:
@@ -72,8 +70,8 @@ class Job:
         fork = multiprocessing.get_context("fork")
         self.said, self.processes = said, []
         for rank in range(processes):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
             process = fork.Process(target=_run, args=(argv, environment, said))
             process.start()
@@ -88,7 +86,7 @@ class Job:
         return any(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float) -> list[int | None]:
-        """The exit codes once all have ended; RuntimeError with what they said if they do not."""
+        """Return the exit codes once all have ended. RuntimeError with their output if they do not end."""
         end = time.monotonic() + seconds
         while self.running() and time.monotonic() < end:  # join would wait for their workers, too
             time.sleep(0.005)
@@ -104,7 +102,7 @@ class Job:
 
 
 def members(group: int) -> list[int]:
-    """The processes of a group that have not ended."""
+    """List the processes of a group that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -126,7 +124,7 @@ def _run(argv: list[str], environment: dict[str, str], said: Path) -> None:
 
 
 def weights(folder: Path) -> dict:
-    """What the last checkpoint holds of the training itself."""
+    """Return what the last checkpoint holds of the training itself."""
     state = read_checkpoint(numbered_checkpoints(folder)[0])
     return {
         name: state[name] for name in ("epoch", "step", "model", "model_ema", "optimizer", "scaler", "best", "sums")
@@ -134,7 +132,7 @@ def weights(folder: Path) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two nested values are equal, tensors bit for bit."""
+    """Return whether two nested values are equal, tensors bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -143,18 +141,18 @@ def same(a, b) -> bool:
 
 
 def log_of(folder: Path) -> list[dict]:
-    """The lines of log.txt without what differs from one time to another."""
+    """Return the lines of log.txt without what differs each time."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
 def being_written(folder: Path) -> Iterator[str]:
-    """The temporary files that are there."""
+    """List the temporary files."""
     return (path.name for path in folder.glob(".*.tmp"))
 
 
 def kill(job: Job, folder: Path, draws: random.Random, longest: float) -> dict | None:
-    """Kill a run at a random moment; what was done, or None if it had ended before."""
+    """Kill a run at a random moment; return what was done, or None if it had ended before."""
     in_write, ranks = draws.random() < 0.5, list(range(len(job.processes)))
     if len(ranks) > 1 and draws.random() < 0.5:
         ranks = [draws.choice(ranks)]
@@ -174,21 +172,19 @@ def kill(job: Job, folder: Path, draws: random.Random, longest: float) -> dict |
         return None
     job.send(signal.SIGKILL, ranks)
     start = time.monotonic()
-    codes = job.wait(END_SECONDS)
-    left = sorted(being_written(folder))
-    return {"ranks": ranks, "in_write": written if in_write else None, "left": left, "codes": codes,
-        "seconds": time.monotonic() - start}  # fmt: skip
+    done = {"ranks": ranks, "in_write": written if in_write else None, "codes": job.wait(END_SECONDS)}
+    return done | {"left": sorted(being_written(folder)), "seconds": time.monotonic() - start}
 
 
 def survive(name: str, data: Path, reference: Path, work: Path, seed: int, longest: float) -> list[dict]:
-    """One run, killed and resumed until it is through; its kills. RuntimeError where it is not as if never stopped."""
+    """Kill and resume one run until it is through; return its kills. RuntimeError unless it ends as if never killed."""
     processes, options = VARIANTS[name]
     draws, kills = random.Random(seed), []
     folder, said = work / f"run-{seed}", work / f"run-{seed}.txt"
     argv = command(data, options, folder)
     for _ in range(draws.randint(1, 3)):
         while not (done := kill(Job(argv, processes, said), folder, draws, longest)):
-            shutil.rmtree(folder)  # it had ended before: anew
+            shutil.rmtree(folder)  # it had ended before: start again
             kills.clear()
         kills.append(done)
         for path in [*numbered_checkpoints(folder), *folder.glob("checkpoint-best*.pth")]:
@@ -210,7 +206,7 @@ def command(data: Path, options: str, folder: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the benchmark; returns what the JSON holds."""
+    """Run the benchmark; return what the JSON holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--runs", type=int, default=100)
@@ -219,47 +215,53 @@ def main(argv: list[str] | None = None) -> dict:
     add("--out", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # this process forks: it must not have a pool of threads
-    results, start = {name: [] for name in options.variants}, time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        data, references, seconds = make_images(work / "images"), {}, {}
-        for name in options.variants:
-            processes, more = VARIANTS[name]
-            references[name], began = work / f"reference-{len(references)}", time.monotonic()
-            job = Job(command(data, more, references[name]), processes, work / "reference.txt")
-            if any(job.wait(300)):
-                raise RuntimeError((work / "reference.txt").read_text())
-            seconds[name] = time.monotonic() - began
-        for number in range(options.runs):
-            name = options.variants[number % len(options.variants)]
-            kills = survive(name, data, references[name], work, options.seed + number, seconds[name])
-            results[name].append(kills)
-            print(f"run {number}: {name}: {len(kills)} kills, weights and log equal", flush=True)
-    table = {}
-    for name, runs in results.items():
-        kills = [each for run in runs for each in run]
-        alone = [each["seconds"] for each in kills if len(each["ranks"]) < VARIANTS[name][0]]
-        table[name] = {
-            "runs": len(runs),
-            "kills": len(kills),
-            "in a write": sum(each["in_write"] is not None for each in kills),
-            "of them leaving half a file": sum(bool(each["left"]) for each in kills),
-            "one of two killed": len(alone),
-            "longest until the other ended, s": round(max(alone, default=0.0), 1),
-        }
+        kills = survive_all(options.variants, options.runs, options.seed, Path(temporary))
     result = {
-        "runs": table,
+        "runs": {name: figures(kills_of_runs, VARIANTS[name][0]) for name, kills_of_runs in kills.items()},
         "all": "every run ended with the weights, the average, the optimizer and the log of the run that was not killed; "
         f"every checkpoint found after a kill could be read; no process outlived its run by {WORKERS_END_SECONDS} s",
         "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}, this code {revision()}",
         "seconds": round(time.monotonic() - start),
-        "command": f"python bench/survive.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
+        "command": f"python -m bench.survive {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
     }
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def survive_all(variants: list[str], runs: int, seed: int, work: Path) -> dict[str, list[list[dict]]]:
+    """Make a run of each variant without a kill, then `runs` runs with kills; return these kills, per variant and run."""
+    data, references, seconds = make_images(work / "images"), {}, {}
+    for name in variants:
+        processes, options = VARIANTS[name]
+        references[name], began = work / f"reference-{len(references)}", time.monotonic()
+        if any(Job(command(data, options, references[name]), processes, work / "reference.txt").wait(300)):
+            raise RuntimeError((work / "reference.txt").read_text())
+        seconds[name] = time.monotonic() - began
+    kills = {name: [] for name in variants}
+    for number in range(runs):
+        name = variants[number % len(variants)]
+        kills[name].append(survive(name, data, references[name], work, seed + number, seconds[name]))
+        print(f"run {number}: {name}: {len(kills[name][-1])} kills, weights and log equal", flush=True)
+    return kills
+
+
+def figures(runs: list[list[dict]], processes: int) -> dict:
+    """Summarize the kills of a variant's runs."""
+    kills = [each for run in runs for each in run]
+    alone = [each["seconds"] for each in kills if len(each["ranks"]) < processes]
+    return {
+        "runs": len(runs),
+        "kills": len(kills),
+        "in a write": sum(each["in_write"] is not None for each in kills),
+        "of them leaving half a file": sum(bool(each["left"]) for each in kills),
+        "one of two killed": len(alone),
+        "longest until the other ended, s": round(max(alone, default=0.0), 1),
+    }
 
 
 if __name__ == "__main__":

@@ -166,12 +166,16 @@ class CroppedImages(Dataset):
         return torch.from_numpy(np.array(pixels)), target
 
 
-def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device):
+def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device, update_freq: int):
     """Augmented batches of this rank, in an order derived from the seed."""
     world = distributed.world_size()
-    check_batches(len(images), options.batch_size, options.update_freq, world)
+    check_batches(len(images), options.batch_size, update_freq, world)
     order = TrainBatches(
-        len(images), world_size=world, rank=distributed.rank(), **pick(options, "batch_size update_freq seed")
+        len(images),
+        world_size=world,
+        rank=distributed.rank(),
+        update_freq=update_freq,
+        **pick(options, "batch_size seed"),
     )
     return train_batches(
         images,

@@ -224,7 +224,7 @@ def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeyp
         lambda value, patiently=False: [value, value if patiently else ("checkpoint-3.pth", 20)],
     )
     with pytest.raises(
-        script.UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes have to share --output_dir"
+        script.UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes must share --output_dir"
     ):
         script.main(tiny_run())
 

@@ -322,7 +322,9 @@ def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("optimizer", None), ("epoch", "0"), ("model", [1])])
 def test_checkpoint_that_lacks_a_part_names_it(name, value, tmp_path):
     save_checkpoint(tmp_path / "checkpoint-3.pth", state_of(3) | {name: value})
-    with pytest.raises(UserError, match=f"checkpoint-3.pth is not a whole checkpoint: {name} lacks"):
+    with pytest.raises(
+        UserError, match=f"checkpoint-3.pth is not a valid checkpoint: `{name}` is missing or has the wrong type"
+    ):
         read_checkpoint(tmp_path / "checkpoint-3.pth")
 
 
@@ -331,7 +333,7 @@ def test_checkpoint_without_what_came_later_is_read_and_odd_figures_are_not(tmp_
     save_checkpoint(tmp_path / "checkpoint-3.pth", state)
     assert read_checkpoint(tmp_path / "checkpoint-3.pth")["sums"] == {}
     save_checkpoint(tmp_path / "checkpoint-3.pth", state | {"best": {"test_acc1": [1.0]}})
-    with pytest.raises(UserError, match="sums or best holds something that is no number"):
+    with pytest.raises(UserError, match="`best` holds a value that is not a number"):
         read_checkpoint(tmp_path / "checkpoint-3.pth")
 
 

@@ -6,6 +6,7 @@ from conftest import assert_equal_weights, read_log, weights_of, write_images
 
 import engine
 import main as script
+from training import checkpoint
 from utils import UserError
 
 EXTRAS = {
@@ -83,7 +84,9 @@ def test_best_is_kept_across_a_resume(tiny_run, tmp_path, monkeypatch):
 
 def test_crash_between_log_and_checkpoint_leaves_each_epoch_once(tiny_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(script, "save_checkpoint", lambda *_: (_ for _ in ()).throw(RuntimeError("the plug is pulled")))
+        patch.setattr(
+            checkpoint, "save_checkpoint", lambda *_: (_ for _ in ()).throw(RuntimeError("the plug is pulled"))
+        )
         script.main(tiny_run())
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0]
     script.main(tiny_run())
@@ -225,7 +228,10 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(
             script.main(options)
     else:
         assert script.main(options)["epoch"] == 0
-        assert f"2 processes go on where 1 were: --update_freq {kept} instead of 2 keeps the 8 images" in caplog.text
+        assert (
+            f"the run continues on 2 processes instead of 1: --update_freq {kept} instead of 2 keeps the 8 images"
+            in caplog.text
+        )
 
 
 def test_one_process_goes_on_with_the_images_of_two(tiny_run, tmp_path):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import assert_equal_weights, read_log, survive, weights_of
+from conftest import assert_equal_weights, read_log, weights_of
 
 import main as script
 import weight_selection
+from bench import survive
 from images import workers
 from training import folder as run_folder
 from training.checkpoint import numbered_checkpoints, read_checkpoint
@@ -101,7 +102,10 @@ def test_one_process_goes_on_twice_with_the_images_of_two(job, tiny_run, tmp_pat
     wait_for(lambda: len(read_log(tmp_path / "run")) > epochs)
     run.send(signal.SIGTERM)
     assert run.wait(60) == [STOPPED], run.said.read_text()
-    assert "1 processes go on where 2 were: --update_freq 2 instead of 1 keeps the 8 images" in run.said.read_text()
+    assert (
+        "the run continues on 1 processes instead of 2: --update_freq 2 instead of 1 keeps the 8 images"
+        in run.said.read_text()
+    )
     assert job(tiny_run(*options), processes=1).wait(60) == [0], run.said.read_text()
     assert job(tiny_run(*options)).wait(60) == [0, 0], run.said.read_text()
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == list(range(60))
@@ -292,4 +296,6 @@ def test_full_disk_under_tensorboard_does_not_end_the_run(small_disk, tiny_run, 
     script.main(tiny_run("--epochs", "60", "--log_freq", "1", "--disable_eval", "true", "--log_dir", small_disk / "tb"))
     assert len(read_log(tmp_path / "run")) == 60
     said = [record.getMessage() for record in caplog.records if "--log_dir" in record.getMessage()]
-    assert len(said) == 1 and "No space left on device; nothing more goes there, the training goes on" in said[0]
+    assert (
+        len(said) == 1 and "No space left on device; nothing more is written there, the training continues" in said[0]
+    )

@@ -1,9 +1,11 @@
-"""The training state of a run: what it holds, and its files."""
+"""The training state of a run: where it is, what a checkpoint holds, and the files."""
 
 import io
 import logging
 import math
 import re
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,57 +16,137 @@ from weightfiles.read import read_file
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "weight-selection checkpoint 1"
-STATE = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "metrics": dict, "best": dict,
-    "options": dict, "processes": int, "precision": str, "data": dict}  # fmt: skip
-# what older files lack, and what that means; update_freq is what is in effect, 0 for what the options say
+STATE = {
+    "epoch": int,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "metrics": dict,
+    "best": dict,
+    "options": dict,
+    "processes": int,
+    "precision": str,
+    "data": dict,
+}
+# Keys that older files lack, with the value that they imply. `update_freq` is the one in effect; 0 means as in `options`.
 NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0}
 FIGURES = ("sums", "best")
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
 
+@dataclass
+class Progress:
+    """Where a run is: `done` updates into `epoch`, the sums over these updates, and the best figures so far."""
+
+    epoch: int = 0
+    done: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    began: float = 0.0
+
+    @classmethod
+    def after(cls, state: dict, steps: int) -> "Progress":
+        """Continue after a checkpoint, inside its epoch or at the start of the next; `steps` updates per epoch."""
+        if state["sums"]:
+            return cls(state["epoch"], state["step"] - state["epoch"] * steps, state["sums"])
+        return cls(state["epoch"] + 1)
+
+    def start_epoch(self) -> None:
+        """Start the clock of the epoch, which includes the time that an earlier process spent on it."""
+        self.began = time.monotonic() - self.sums.get("seconds", 0.0)
+
+    def seconds(self) -> float:
+        """Return the seconds spent on this epoch so far."""
+        return time.monotonic() - self.began
+
+    def improve(self, record: dict) -> list[str]:
+        """Take over the figures of `record` that beat the best so far; return their names."""
+        improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > self.best.get(name, -1.0)]
+        self.best |= {name: record[name] for name in improved}
+        return improved
+
+    def end_epoch(self) -> None:
+        """Move on to the next epoch."""
+        self.epoch, self.done, self.sums = self.epoch + 1, 0, {}
+
+    def state(self, steps: int, metrics: dict | None = None) -> dict:
+        """Return the entries of a checkpoint inside an epoch or, with its `metrics`, at its end."""
+        return {
+            "epoch": self.epoch,
+            "step": self.epoch * steps + self.done,
+            "best": self.best,
+            "sums": {} if metrics else self.sums | {"seconds": self.seconds()},
+            "metrics": metrics or {},
+        }
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run in `folder`: one every `freq` epochs and after the last, and those saved within epochs.
+
+    `origin` describes the run and goes into each file: options, data, precision. The `keep` newest numbered files stay.
+    """
+
+    folder: Path
+    origin: dict
+    epochs: int
+    freq: int = 1
+    keep: int = 1
+
+    def save(self, state: dict, improved: list[str]) -> None:
+        """Write a state under the names of the figures that improved, and under its number if one is due."""
+        state = {**state, **self.origin}
+        for name in improved:
+            save_checkpoint(self.folder / BEST_CHECKPOINTS[name], state)
+        done = state["epoch"] + 1
+        if state["sums"] or done % self.freq == 0 or done == self.epochs:
+            save_numbered(self.folder, state, keep=self.keep)
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a training state of plain types and tensors to `path`, whole or not at all."""
-    buffer = io.BytesIO()  # torch's own writing to a full disk does not say that it is full
+    """Write a training state of plain types and tensors to `path`, completely or not at all."""
+    buffer = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A training state as `save_checkpoint` wrote it, on the CPU; UserError for anything else or a damaged file."""
+    """Read a training state to the CPU. UserError if the file is damaged or is not one of `save_checkpoint`'s."""
     state = read_file(path)
     if state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; weights to start from go to --initialize")
     state = NEWER | state
-    kinds = STATE | {name: type(value) for name, value in NEWER.items()}
-    lacking = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    if lacking:
-        raise UserError(f"{path} is not a whole checkpoint: {', '.join(lacking)} lacks or is of another kind")
-    if not all(isinstance(value, int | float) for part in FIGURES for value in state[part].values()):
-        raise UserError(f"{path} is not a whole checkpoint: {' or '.join(FIGURES)} holds something that is no number")
+    for name, kind in (STATE | {name: type(value) for name, value in NEWER.items()}).items():
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"{path} is not a valid checkpoint: `{name}` is missing or has the wrong type")
+    for name in FIGURES:
+        if not all(isinstance(value, int | float) for value in state[name].values()):
+            raise UserError(f"{path} is not a valid checkpoint: `{name}` holds a value that is not a number")
     return state
 
 
 def position_of(state: dict) -> tuple[int, float]:
-    """The epoch of a training state and the updates done by then, infinite at the end of the epoch: states in order."""
+    """Return (epoch, updates done), which orders states; the updates are infinite at the end of an epoch."""
     return state["epoch"], state["step"] if state["sums"] else math.inf
 
 
 def position_in_name(path: Path) -> tuple[int, float]:
-    """The same of the state in checkpoint-<epoch>.pth or checkpoint-<epoch>-<step>.pth."""
+    """Return the same for the state in checkpoint-<epoch>.pth or checkpoint-<epoch>-<step>.pth."""
     epoch, _, step = path.stem.removeprefix("checkpoint-").partition("-")
     return int(epoch), int(step) if step else math.inf
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """The files checkpoint-<epoch>.pth and checkpoint-<epoch>-<step>.pth of a folder, newest first."""
+    """List checkpoint-<epoch>.pth and checkpoint-<epoch>-<step>.pth of a folder, newest first."""
     files = (path for path in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+(-\d+)?", path.stem))
     return sorted(files, key=position_in_name, reverse=True)
 
 
 def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
-    """The first readable of these files and its state; a damaged one is named in a warning and passed over.
+    """Return the first of these files that can be read, and its state; warn of each damaged one before it.
 
-    None when there is no file. Raises UserError when there are some and none can be read.
+    None if there is no file. UserError if there are files and none can be read.
     """
     for path in paths:
         try:
@@ -77,7 +159,7 @@ def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
 
 
 def save_numbered(folder: Path, state: dict, *, keep: int) -> None:
-    """Write a state under its number; of the numbered files the `keep` newest stay, once this one is safe."""
+    """Write a state under its number. Once it is safe, delete all numbered files up to it but the `keep` newest."""
     epoch, step = position_of(state)
     name = f"checkpoint-{epoch}.pth" if step == math.inf else f"checkpoint-{epoch}-{step}.pth"
     save_checkpoint(folder / name, state)

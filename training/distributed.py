@@ -1,6 +1,6 @@
-"""The process group: up and down, who this process is, and the few collectives in use.
+"""The device, the process group, this process's rank, and the few collectives in use.
 
-One process needs no group; every function then answers for a world of one.
+A single process needs no group; every function then behaves as in a world of one.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from utils import UserError, first_line
 
-PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: downloads, decoding a data set
+PATIENCE = timedelta(hours=6)  # while one process downloads or decodes a data set and the others wait
 _patient_group = None
 
 
@@ -31,14 +31,14 @@ def is_main() -> bool:
 
 
 def node_leader() -> int:
-    """The rank of the first process on this process's node."""
+    """Return the rank of the first process on this node."""
     return rank() - int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `--device` names ("auto": cuda, else mps, else cpu); on cuda, this process's own GPU.
+    """Return the device that `--device` names ("auto": cuda, else mps, else cpu); on cuda, this process's own GPU.
 
-    Raises UserError when there is no such device, or fewer GPUs than processes on this node.
+    UserError if there is no such device, or if this node has fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -70,17 +70,25 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def set_determinism(wanted: bool) -> None:
+    """Make a GPU compute the same weights from the same seed, or let it choose the fastest kernels."""
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device, dist_url: str = "env://", timeout: float = 600):
-    """Inside, the processes that torchrun or torch.distributed.launch started can talk; afterwards they part.
+    """Connect the processes that torchrun or torch.distributed.launch started; disconnect them afterwards.
 
-    One that does not answer for `timeout` seconds, or fails, ends the others with UserError.
+    A process that fails, or does not answer for `timeout` seconds, ends the others with UserError.
     """
     global _patient_group
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
             raise UserError(
-                "srun started several processes that know nothing of each other: use srun torchrun (README)"
+                "srun started several processes that are not connected: use srun torchrun (docs/cluster.md)"
             )
         yield
         return
@@ -97,7 +105,7 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
         )
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
-        raise UserError(f"the processes could not connect with each other ({first_line(error)})") from error
+        raise UserError(f"the processes could not connect to each other ({first_line(error)})") from error
     try:
         yield
     except RuntimeError as error:
@@ -107,15 +115,15 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
         if isinstance(error, dist.DistError) or re.search("Connection (closed|reset)|gloo", str(error)):
             raise UserError(f"another process failed, its message says why ({first_line(error)})") from error
         raise
-    # only here: after a failure it would wait for work that never ends, and the reason be said too late
+    # Not in a `finally`: after a failure this would wait for work that never ends, and the reason would come too late.
     dist.destroy_process_group()
     _patient_group = None
 
 
 def _store_of_this_attempt() -> dist.Store | None:
-    """The launcher's own store, without what processes that it has restarted since left there; None if it has none.
+    """Return the launcher's own store under a prefix for this restart; None if the launcher has no store.
 
-    Else the new processes would take the addresses of the old ones (pytorch issue 135712).
+    Without the prefix, restarted processes read the addresses of the old ones (pytorch issue 135712).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -125,9 +133,9 @@ def _store_of_this_attempt() -> dist.Store | None:
 
 @contextlib.contextmanager
 def main_first():
-    """The body runs on rank 0 first and on the others after it, so that one process downloads and all find the files.
+    """Run the body on rank 0 first and then on the others, so that one process downloads and all find the files.
 
-    All leave it together. Where it fails on rank 0, which says why, the others end without a word.
+    All leave together. If rank 0 fails, it says why, and the others exit silently.
     """
     if not is_main():
         if of_all_ranks(False, patiently=True)[0]:
@@ -145,7 +153,7 @@ def main_first():
 
 
 def of_all_ranks(value, *, patiently: bool = False) -> list:
-    """This value of each rank, in their order; plain values only. `patiently`: one of them may take hours."""
+    """Return each rank's value, in order of rank; plain values only. `patiently`: one rank may take hours."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -154,19 +162,19 @@ def of_all_ranks(value, *, patiently: bool = False) -> list:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is true on a rank; the host waits for the device."""
+    """Return whether the flag is true on any rank; the host waits for the device."""
     return bool(all_sum(torch.tensor(float(flag), device=device))) if dist.is_initialized() else flag
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers, as DDP does before each training step but not after the last."""
+    """Copy rank 0's buffers to every rank. DDP does so before each training step, but not after the last."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values

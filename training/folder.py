@@ -1,4 +1,4 @@
-"""The folder of a run: one run's at a time, its description, and the marker of a run that was asked to stop."""
+"""The run folder: its lock, the description of the run, and the marker of a run that was asked to stop."""
 
 import contextlib
 import errno
@@ -16,14 +16,14 @@ from utils import UserError, first_line, write_atomically
 log = logging.getLogger(__name__)
 
 RUN_FORMAT = "weight-selection run 1"
-REQUEUE = "requeue"  # there while the last run in the folder is one that was asked to stop
+REQUEUE = "requeue"  # exists if the last run in the folder was asked to stop
 
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[Path]:
-    """The folder, made where it lacks, for this process alone until it leaves or ends, in whatever way.
+    """Create the run folder if needed and hold its lock until the context exits or the process dies.
 
-    Raises UserError where another run has it or it cannot be written to.
+    UserError if another run holds the lock or the folder cannot be written to.
     """
     folder = Path(name)
     with contextlib.ExitStack() as stack:
@@ -43,22 +43,24 @@ def opened(name: str) -> Iterator[Path]:
 
 
 def lock(folder: Path, file: TextIO) -> None:
-    """Lock the open file for this process, with a warning where that cannot be; UserError if another run has it."""
+    """Lock the open file for this process; warn if the file system has no locks. UserError if another run has it."""
     try:
-        # of this process, not of the file as it is open: a forked worker that outlives the run does not hold it
+        # lockf, not flock: its lock belongs to this process, so a forked worker that outlives the run does not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
             raise UserError(f"--output_dir {folder} is in use by another run ({file.read().strip()})") from error
-        log.warning("--output_dir %s cannot be locked (%s): let no other run write to it", folder, first_line(error))
+        log.warning(
+            "--output_dir %s cannot be locked (%s): make sure that no other run writes to it", folder, first_line(error)
+        )
 
 
 def write_config(folder: Path, content: dict) -> None:
-    """Write config.json: what a run is made from, and ran on."""
+    """Write config.json: the run's options, initialization and environment."""
     write_atomically(folder / "config.json", (json.dumps({"format": RUN_FORMAT, **content}, indent=1) + "\n").encode())
 
 
-def ask_for_more(folder: Path, reason: str) -> None:
-    """Leave the marker by which a batch script sees that the same command has to be started again."""
+def write_requeue(folder: Path, reason: str) -> None:
+    """Write the marker that tells a batch script to start the same command again."""
     write_atomically(folder / REQUEUE, f"{reason}\n".encode())

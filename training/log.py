@@ -1,6 +1,5 @@
-"""What a run measures: sums kept on the device, top-k counts, and where the numbers go: log.txt, console, TensorBoard, W&B."""
+"""Where a run's figures go: log.txt, the console, TensorBoard, Weights & Biases."""
 
-import argparse
 import json
 import logging
 import math
@@ -8,21 +7,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from options import plain
 from utils import UserError, first_line, write_atomically
 
 log = logging.getLogger(__name__)
 
 
 class EpochLog:
-    """log.txt: one JSON object an epoch, each epoch once."""
+    """log.txt: one JSON object per epoch, each epoch once."""
 
     def __init__(self, path: Path, first_epoch: int):
-        """Open the log of a run that goes on at `first_epoch`: later lines, of a run cut off, are dropped."""
+        """Open the log of a run that continues at `first_epoch`; drop later lines, which an interrupted run left."""
         self.path = path
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
@@ -32,14 +30,14 @@ class EpochLog:
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
     def append(self, record: dict) -> None:
-        """Add an epoch; numbers that JSON has no word for (nan, inf) become null."""
-        plain = {
+        """Add an epoch. Numbers that JSON cannot express (nan, inf) become null."""
+        record = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(plain) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -47,7 +45,7 @@ class EpochLog:
 
 
 def _epoch_in(line: str) -> int:
-    """The epoch of a line of log.txt; -1 if it is none, as the last one is after a crash."""
+    """Return the epoch of a line of log.txt, or -1 if the line is damaged, as the last one may be after a crash."""
     try:
         epoch = json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -56,26 +54,26 @@ def _epoch_in(line: str) -> int:
 
 
 class Reporter:
-    """Tells a person and the writers how a run goes: a bar on a terminal, log lines elsewhere, scalars to each writer."""
+    """Shows how a run goes: a bar on a terminal or else log lines, and scalars to each writer."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, *, bar: bool, writers: Sequence):
         self.epochs, self.steps, self.with_bar, self.writers = epochs, steps_per_epoch, bar, writers
-        self.epoch, self.before, self.start, self.bar = 0, 0, 0.0, None
+        self.epoch, self.done_before, self.start, self.bar = 0, 0, 0.0, None
 
     def start_epoch(self, epoch: int, done: int) -> None:
-        """`done`: updates of the epoch that an earlier process made."""
-        self.epoch, self.before, self.start = epoch, done, time.monotonic()
+        """Start an epoch of which an earlier process made `done` updates."""
+        self.epoch, self.done_before, self.start = epoch, done, time.monotonic()
         if self.with_bar:
             from tqdm import tqdm
 
             name = f"epoch {epoch}/{self.epochs - 1}"
-            shown = {"file": sys.stderr, "dynamic_ncols": True, "leave": False}
-            self.bar = tqdm(total=self.steps, initial=done, desc=name, unit="step", **shown)
+            look = {"file": sys.stderr, "dynamic_ncols": True, "leave": False}
+            self.bar = tqdm(total=self.steps, initial=done, desc=name, unit="step", **look)
 
     def window(self, step: int, lr: float, means: dict[str, float], images_per_second: float) -> None:
-        """After an update whose figures were read: `means` are over the updates since the last call."""
+        """Report at a log step; `means` are over the updates since the last call."""
         done = step + 1 - self.epoch * self.steps
-        seconds_each = (time.monotonic() - self.start) / (done - self.before)
+        seconds_each = (time.monotonic() - self.start) / (done - self.done_before)
         left = seconds_each * ((self.epochs - self.epoch) * self.steps - done)
         ending = f"lr {lr:.2e}, {images_per_second:.0f} img/s, {timedelta(seconds=int(left))} left"
         if self.bar is not None:
@@ -87,16 +85,25 @@ class Reporter:
         self._write(scalars | {"train/lr": lr, "train/images_per_second": images_per_second}, step)
 
     def end_epoch(self, record: dict, best: dict) -> None:
-        """After an epoch and its evaluation; `record` is its line in log.txt."""
-        self.close()
+        """Report an epoch and its evaluation; `record` is its line in log.txt."""
+        self._remove_bar()
         log.info("epoch %d: %s", self.epoch, summary(record, best))
-        self._write(
-            {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith("test_")},
-            record["step"],
-        )
+        measured = {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith("test_")}
+        self._write(measured, record["step"])
+
+    def store(self, checkpoint: Path) -> None:
+        """Hand a checkpoint to the writers that keep files."""
+        for writer in self.writers:
+            if isinstance(writer, WeightsAndBiases):
+                writer.store(checkpoint)
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal and close the writers."""
+        self._remove_bar()
+        for writer in self.writers:
+            writer.close()
+
+    def _remove_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -106,7 +113,7 @@ class Reporter:
 
 
 def summary(record: dict, best: dict) -> str:
-    """One line of an epoch's figures: those of `record` that there are, and the best accuracy so far."""
+    """Describe an epoch in one line: the figures that `record` has, and the best accuracy so far."""
     shown = [
         ("train loss {train_loss:.4f}", record),
         ("test loss {test_loss:.4f}, acc1 {test_acc1:.2f} %, acc5 {test_acc5:.2f} %", record),
@@ -118,73 +125,68 @@ def summary(record: dict, best: dict) -> str:
 
 
 class TensorBoard:
-    """Scalars to a folder that TensorBoard reads; points from `first_step` on, of a run cut off, are hidden.
-
-    A disk that fills up ends it with a warning, and the training goes on: tensorboardX's own writer is a thread, after
-    whose end the run would wait for ever.
-    """
+    """Scalars to a folder that TensorBoard reads; points from `first_step` on, of an interrupted run, are hidden."""
 
     def __init__(self, log_dir: str, first_step: int):
         try:
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError("--log_dir needs the package tensorboardX: pip install tensorboardX") from error
-        self.log_dir, self._event, self._scalar = log_dir, Event, summary.scalar
+        self.log_dir = log_dir
         try:
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(os.path.join(log_dir, "events"))
-            if first_step:
-                self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-            self._events.flush()
+            # SummaryWriter writes in a thread. An error there, as of a full disk, ends the thread, and once its queue of
+            # ten events is full the run waits forever. So the thread must not flush: `write` does, and sees the error.
+            self.writer = SummaryWriter(log_dir, purge_step=first_step, flush_secs=10**6)
         except OSError as error:
             raise UserError(f"--log_dir {log_dir} cannot be written to: {error.strerror}") from error
 
     def write(self, values: dict[str, float], step: int) -> None:
-        if self._events is None:
-            return
-        try:
+        def add() -> None:
             for name, value in values.items():
-                summary = self._scalar(name, value)
-                self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-            self._events.flush()
-        except OSError as error:
-            log.warning(
-                "--log_dir %s: %s; nothing more goes there, the training goes on", self.log_dir, first_line(error)
-            )
-            self._events = None
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+        self._unless_full(add)
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+        self._unless_full(lambda: self.writer.close())
+
+    def _unless_full(self, action: Callable[[], None]) -> None:
+        """Do what writes files; give up on TensorBoard at the first error, with a warning."""
+        if self.writer is None:
+            return
+        try:
+            action()
+        except OSError as error:
+            message = "--log_dir %s: %s; nothing more is written there, the training continues"
+            log.warning(message, self.log_dir, first_line(error))
+            self.writer = None
 
 
 class WeightsAndBiases:
-    """Scalars to Weights & Biases; a run resumed from the same `output_dir` goes on under the same id."""
+    """Scalars to Weights & Biases; a run resumed from the same `output_dir` continues under the same id."""
 
     def __init__(self, project: str, config: dict, output_dir: Path | None):
         try:
             import wandb
         except ImportError as error:
             raise UserError("--enable_wandb needs the package wandb: pip install wandb") from error
-        note = output_dir and output_dir / "wandb_id.txt"
-        known = note.read_text().strip() if note and note.exists() else None
+        id_file = output_dir and output_dir / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if id_file and id_file.exists() else None
         self.wandb = wandb
         try:
-            self.run = wandb.init(project=project, config=config, dir=output_dir, id=known, resume="allow")
+            self.run = wandb.init(project=project, config=config, dir=output_dir, id=run_id, resume="allow")
         except wandb.Error as error:
-            raise UserError(
-                f"--enable_wandb: {first_line(error)}; WANDB_MODE=offline logs without an account"
-            ) from error
-        if note:
-            note.write_text(self.run.id + "\n")
+            message = f"--enable_wandb: {first_line(error)}; WANDB_MODE=offline logs without an account"
+            raise UserError(message) from error
+        if id_file:
+            id_file.write_text(self.run.id + "\n")
 
     def write(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
 
     def store(self, checkpoint: Path) -> None:
-        """Keep a checkpoint as an artifact of the run; a warning if there is none."""
+        """Store a checkpoint as an artifact of the run; warn if there is none."""
         if not checkpoint.exists():
             log.warning("--wandb_ckpt: there is no %s to store", checkpoint)
             return
@@ -194,10 +196,3 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def make_writers(options: argparse.Namespace, output_dir: Path | None, first_step: int) -> list:
-    writers = [TensorBoard(options.log_dir, first_step)] if options.log_dir else []
-    if options.enable_wandb:
-        writers.append(WeightsAndBiases(options.project, plain(options), output_dir))
-    return writers

@@ -1,4 +1,4 @@
-"""What a run measures: sums kept on the device, top-k counts, speed."""
+"""What a run measures: sums on the device, top-k counts, speed."""
 
 import time
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from training.distributed import all_sum
 
 
 class DeviceSums:
-    """Named running sums that stay on the device until `read`, which costs one reduction and one wait."""
+    """Named sums on the device. Adding never waits; `read` costs one reduction over the ranks and one wait."""
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = list(names)
-        # float64 where it exists: an epoch's sum of losses has to keep its last digits
+        # float64 keeps the last digits of an epoch's sum of losses; mps has none
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.values = torch.zeros(len(self.names), dtype=dtype, device=device)
 
     def add(self, *terms: Tensor) -> None:
-        """Add one 0-d tensor to each sum, in the order of the names, without a wait."""
+        """Add one 0-d tensor to each sum, in the order of the names."""
         self.values += torch.stack([term.detach().to(self.values.dtype) for term in terms])
 
     def read(self, *, over_ranks: bool = True) -> dict[str, float]:
-        """The sums, over all ranks unless told otherwise; they start again at 0."""
+        """Return the sums, over all ranks by default, and reset them to 0."""
         values = all_sum(self.values) if over_ranks else self.values
         result = dict(zip(self.names, values.tolist(), strict=True))
         self.values.zero_()
@@ -31,9 +31,9 @@ class DeviceSums:
 
 
 def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Tensor]:
-    """For each k, how many rows of `logits` [batch, classes] have the class of `targets` [batch] among their k highest.
+    """For each k, count the rows of `logits` [batch, classes] whose k highest include the class in `targets` [batch].
 
-    With fewer than k classes every row counts.
+    With fewer than k classes, every row counts.
     """
     ranked = logits.topk(min(max(ks), logits.shape[1])).indices
     hits = ranked.eq(targets[:, None])  # [batch, highest k]
@@ -41,7 +41,7 @@ def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Ten
 
 
 class Speed:
-    """Images a second over all ranks, that each add the same numbers: since the last reading, and in all."""
+    """Images per second over all ranks, since the last reading and overall. Each rank adds the same numbers."""
 
     def __init__(self, ranks: int):
         self.ranks, self.since = ranks, time.monotonic()
@@ -51,17 +51,18 @@ class Speed:
         self.images, self.recent = self.images + images, self.recent + images
 
     def restart(self) -> float:
-        """Forget all up to now; returns the seconds since the last reading."""
+        """Start again from 0; return the seconds since the last reading."""
         now, last = time.monotonic(), self.since
         self.start, self.since, self.images, self.recent = now, now, 0, 0
         return now - last
 
     def read(self) -> float:
-        """Since the last reading."""
+        """Return the rate since the last reading."""
         now = time.monotonic()
         rate = self.recent * self.ranks / max(now - self.since, 1e-9)
         self.since, self.recent = now, 0
         return rate
 
-    def in_all(self) -> float:
+    def overall(self) -> float:
+        """Return the rate since the start."""
         return self.images * self.ranks / max(time.monotonic() - self.start, 1e-9)

@@ -1,12 +1,14 @@
-"""Going on from a checkpoint: what has to be the same, and what is taken from it."""
+"""Where a run starts: which checkpoint or initialization file it takes, what has to agree with it, and loading it."""
 
 import argparse
 import contextlib
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from models.families import family_of
@@ -15,6 +17,7 @@ from options import FREE_ON_RESUME, training_defaults
 from training import distributed
 from training.checkpoint import (
     BEST_CHECKPOINTS,
+    Progress,
     newest_checkpoint,
     numbered_checkpoints,
     position_in_name,
@@ -28,137 +31,93 @@ from weightfiles.initialization import read_initialization
 log = logging.getLogger(__name__)
 
 
-def differing(then: dict, now: dict) -> list[str]:
-    """What differs between two runs' options where it decides the weights, each as a phrase."""
-    names = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
-    return [f"--{name} was {then.get(name)}, is {now[name]}" for name in names]
+@dataclass
+class Start:
+    """Where a run starts: at a checkpoint (`path`, `state`), an initialization file (`path`) or random weights.
 
-
-def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
-    """The `--update_freq` by which another number of processes than the checkpoint's takes as many images an update.
-
-    The one given, where there is none, where it does so, or where it is not the checkpoint's own either.
+    `source` describes the initialization file that the weights came from, also when a checkpoint continues from there.
     """
-    then, given = training_defaults() | saved["options"], options["update_freq"]
-    total = (saved["update_freq"] or then["update_freq"]) * saved["processes"]
-    replays = options["compile_mode"] != "default"  # CUDA graphs, which accumulate nothing
-    if given * processes == total or given != then["update_freq"] or total % processes or replays:
-        return given
-    kept = total // processes
-    images = total * options["batch_size"]
-    log.warning("%d processes go on where %d were: --update_freq %d instead of %d keeps the %d images an update",
-        processes, saved["processes"], kept, given, images)  # fmt: skip
-    return kept
+
+    path: Path | None = None
+    state: dict | None = None
+    source: dict | None = None
+
+    def check_settings(self, options: dict, output_dir: Path | None, precision: str) -> int:
+        """Return the `--update_freq` in effect. UserError if the run would not continue the one in the folder."""
+        if self.state:
+            update_freq = keep_total_batch(self.state, options, distributed.world_size())
+            check_same_settings(self.path, self.state, options, update_freq=update_freq, precision=precision)
+            return update_freq
+        if output_dir:
+            check_unused(output_dir, options)
+        return options["update_freq"]
+
+    def check_data(self, data: dict) -> None:
+        """UserError if the classes or the number of training images differ from the checkpoint's; None is unknown."""
+        for name, value in data.items() if self.state else ():
+            then = self.state["data"].get(name)
+            if None not in (value, then) and then != value:
+                message = f"{self.path} belongs to a run on other data: its {name} were {then}, not {value}"
+                raise UserError(message[:400])
+
+    def bad_images(self) -> list[int]:
+        """Return the training images that the checkpoint's run could not read."""
+        return self.state["bad_images"] if self.state else []
+
+    def restore_weights(self, model: nn.Module, ema: ModelEmaV3 | None, options: argparse.Namespace) -> None:
+        """Load the weights and their moving average. UserError naming the keys that do not fit."""
+        if self.state:
+            load_weights(self.path, self.state, model, ema and ema.module)
+        elif self.path:
+            self.source = load_initialization(self.path, model, options)
+            if ema:
+                ema.set(model)
+
+    def restore_trainer(self, trainer, steps: int, first_epoch: int) -> Progress:
+        """Load the state of optimizer and scaler; return the position to continue from, `steps` updates per epoch."""
+        if not self.state:
+            return Progress(first_epoch)
+        check_same_optimizer(self.path, trainer.optimizer, self.state["optimizer"])
+        trainer.load_state(self.state)
+        log.info("resumed from %s, after %d updates", self.path, self.state["step"])
+        return Progress.after(self.state, steps)
+
+    def bring_best(self, folder: Path) -> dict[str, float]:
+        """Return the best figures of the checkpoint's run whose files are in `folder`, or can be copied there."""
+        return bring_best(self.path, self.state, folder) if self.state else {}
 
 
-def check_same_settings(
-    path: Path, saved: dict, options: dict, *, update_freq: int, processes: int, precision: str
-) -> None:
-    """UserError naming what differs between a checkpoint's settings and this run's, where it decides the weights.
-
-    Another number of processes is none of it where `update_freq`, as it is in effect, keeps the total batch: the same
-    images make the same updates, shared out differently.
-    """
-    then, freely = training_defaults() | saved["options"], {"update_freq": None}  # older ones lack newer options
-    differences = differing(then | freely, options | freely)
-    was_freq = saved["update_freq"] or then["update_freq"]
-    if was_freq * saved["processes"] != update_freq * processes:
-        was, now = f"{saved['processes']} x {was_freq}", f"{processes} x {update_freq}"
-        differences.append(f"processes x --update_freq was {was}, is {now}")
-    if saved["precision"] != precision:
-        differences.append(f"the precision was {saved['precision']}, is {precision} (--device, --use_amp, --amp_dtype)")
-    if differences:
-        listed = ", ".join(differences)
-        raise UserError(f"{path} is of a run with other settings: {listed}; take those, or another --output_dir")
-
-
-def check_same_data(path: Path, saved: dict, data: dict) -> None:
-    """UserError if the classes, or the number of training images where both are known, are not the checkpoint's."""
-    for name, value in data.items():
-        then = saved["data"].get(name)
-        if None not in (value, then) and then != value:
-            raise UserError(f"{path} is of a run on other data: its {name} were {then}, not {value}"[:400])
-
-
-def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """UserError unless an optimizer's saved state has as many parameters, of the same shapes where a fused kernel works.
-
-    That does not look, while others may keep less than a value for each weight, as Adafactor does.
-    """
-    shapes = [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        fits = [len(group["params"]) for group in state["param_groups"]] == [
-            len(g["params"]) for g in optimizer.param_groups
-        ]
-        fits &= all("lr_scale" in group for group in state["param_groups"])
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        for number, values in state["state"].items() if fused else ():
-            tensors = [value for value in values.values() if isinstance(value, torch.Tensor) and value.dim()]
-            fits &= all(list(value.shape) == shapes[number] for value in tensors)
-    except (AttributeError, LookupError, TypeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path}: the optimizer's state does not fit this run's parameters; use another checkpoint")
-
-
-def check_unused(folder: Path, options: dict) -> None:
-    """UserError if a folder without checkpoints has the log of a run that a new one would overwrite.
-
-    The log of a run of the same settings that ended before its first numbered checkpoint is no loss.
-    """
-    log_file = folder / "log.txt"
-    if not log_file.exists() or not log_file.stat().st_size:
-        return
-    try:
-        then = json.loads((folder / "config.json").read_text())["options"]
-        epochs = len(log_file.read_text().splitlines())  # of the last of them the checkpoint may not have come to be
-        lost = not then["save_ckpt"] or epochs > then["save_ckpt_freq"] or differing(then, options)
-    except (OSError, ValueError, KeyError, TypeError):
-        lost = True
-    if lost:
-        raise UserError(f"--output_dir {folder} has the log.txt of another run: name another folder")
-
-
-def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
-    """The best figures that a run resumed from `path` still has the files of, in `folder`.
-
-    From another folder the file is brought along, if it is of no later state than the one resumed from.
-    """
-    best = {}
-    for metric, value in saved["best"].items():
-        here, there = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
-        if not here.exists() and there.exists():
-            try:
-                if position_of(read_checkpoint(there)) <= position_of(saved):
-                    write_atomically(here, there.read_bytes())
-            except UserError as error:
-                log.warning("%s; the best is counted anew", error)
-        if here.exists():
-            best[metric] = value
-    return best
-
-
-def restore_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | None) -> None:
-    """Load the weights of a checkpoint, and of its moving average; UserError naming the keys that do not fit."""
-    for module, key in ((model, "model"), (ema, "model_ema")):
-        if module is not None:
-            if key not in saved:
-                raise UserError(f"{path} has no moving average of the weights: leave out --model_ema")
-            check_fit(saved[key], module, f"{path} does not fit --model")
-            module.load_state_dict(saved[key])
+def find_start(options: argparse.Namespace, output_dir: Path | None) -> Start:
+    """Find where the run starts, and read the checkpoint if it is one. UserError if the processes find different ones."""
+    # A run starts from the first of these that there is:
+    #   1. the newest checkpoint in --output_dir (an explicit --resume wins, unless the run in the folder began with it),
+    #   2. the checkpoint of --resume,
+    #   3. the weights of --initialize,
+    #   4. random weights.
+    resume, auto_resume, training = options.resume, options.auto_resume, not options.eval
+    file = fetch_once(resume) if resume else None
+    found = find_checkpoint(resume, output_dir, file=file, auto_resume=auto_resume, training=training)
+    path, state = found or (None, None)
+    positions = distributed.of_all_ranks(path and (path.name, state["step"]))
+    if len(set(positions)) > 1:
+        listed = ", ".join("none" if position is None else position[0] for position in positions)
+        raise UserError(f"the processes found different checkpoints ({listed}): all nodes must share --output_dir")
+    if state:
+        return Start(path, state, state.get("initialization"))
+    return Start(fetch_once(options.initialize)) if options.initialize else Start()
 
 
 def find_checkpoint(
     resume: str, output_dir: Path | None, *, file: Path | None, auto_resume: bool, training: bool
 ) -> tuple[Path, dict] | None:
-    """What a run goes on from: the `file` that `--resume` names, else the newest in `output_dir`, else None.
+    """Return the checkpoint to continue from: `file`, which `--resume` names, or the newest in `output_dir`, or None.
 
-    The newest too where it is of a run that was itself started by this `--resume`: the same command goes on. Raises
-    UserError where training would mix two runs in one folder.
+    The newest in `output_dir` wins if its run was itself started with this `--resume`, so that the same command
+    continues it. UserError if training would mix two runs in one folder.
     """
     folder = numbered_checkpoints(output_dir) if output_dir else []
     if file and folder and auto_resume and training:
-        with contextlib.suppress(UserError):  # with none that can be read, the file named is what there is
+        with contextlib.suppress(UserError):  # if none of them can be read, take the file
             newest = newest_checkpoint(folder)
             if newest[1]["options"].get("resume") == resume:
                 return newest
@@ -176,24 +135,143 @@ def find_checkpoint(
 
 
 def fetch_once(location: str) -> Path:
-    """A file by its path, or the local copy of one at `https://…#sha256=…`, downloaded by one process."""
+    """Return a file's path, or the local copy of `https://…#sha256=…`, which one process downloads."""
     if not location.startswith("https://"):
         return Path(location)
     with distributed.main_first():
         return fetch(location)
 
 
-def initialize(model: nn.Module, options: argparse.Namespace) -> dict:
-    """Copy the weights of `--initialize` into the model; returns where they come from. UserError if they do not fit."""
-    location, family = str(fetch_once(options.initialize)), family_of(model)
-    tensors, source = read_initialization(location, family, model_key=options.model_key, prefix=options.model_prefix)
-    name = f"--initialize {source['path']}"
+# ---- what has to agree with the checkpoint, or with the run that was in the folder ----
+
+
+def differing(then: dict, now: dict) -> list[str]:
+    """List the options that decide the weights and differ between two runs, each as a phrase."""
+    names = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
+    return [f"--{name} was {then.get(name)}, is {now[name]}" for name in names]
+
+
+def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
+    """Return the `--update_freq` that keeps the checkpoint's total batch on this many processes.
+
+    Return the given one unchanged if it keeps the total batch, if it is not the checkpoint's own either, or if no
+    number would do.
+    """
+    then, given = training_defaults() | saved["options"], options["update_freq"]
+    total = (saved["update_freq"] or then["update_freq"]) * saved["processes"]
+    replays = options["compile_mode"] != "default"  # CUDA graphs, which cannot accumulate gradients
+    if given * processes == total or given != then["update_freq"] or total % processes or replays:
+        return given
+    kept = total // processes
+    message = (
+        "the run continues on %d processes instead of %d: --update_freq %d instead of %d keeps the %d images per update"
+    )
+    log.warning(message, processes, saved["processes"], kept, given, total * options["batch_size"])
+    return kept
+
+
+def check_same_settings(path: Path, saved: dict, options: dict, *, update_freq: int, precision: str) -> None:
+    """UserError naming the settings that decide the weights and differ between a checkpoint and this run.
+
+    The number of processes may differ if `update_freq`, the one in effect, keeps the total batch: the same images
+    then make the same updates, only shared out differently.
+    """
+    then, ignored = training_defaults() | saved["options"], {"update_freq": None}  # older files lack newer options
+    differences = differing(then | ignored, options | ignored)
+    processes, then_freq = distributed.world_size(), saved["update_freq"] or then["update_freq"]
+    if then_freq * saved["processes"] != update_freq * processes:
+        was, now = f"{saved['processes']} x {then_freq}", f"{processes} x {update_freq}"
+        differences.append(f"processes x --update_freq was {was}, is {now}")
+    if saved["precision"] != precision:
+        differences.append(f"the precision was {saved['precision']}, is {precision} (--device, --use_amp, --amp_dtype)")
+    if differences:
+        listed = ", ".join(differences)
+        raise UserError(f"{path} belongs to a run with other settings: {listed}; use those, or another --output_dir")
+
+
+def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """UserError unless an optimizer's saved state has as many parameters and, for a fused kernel, the same shapes.
+
+    A fused kernel does not check shapes itself. Other optimizers, such as Adafactor, may keep less than one value per
+    weight, so their shapes say nothing.
+    """
+    groups, saved_groups = optimizer.param_groups, state.get("param_groups")
+    shapes = [list(parameter.shape) for group in groups for parameter in group["params"]]
+    fused = any(group.get("fused") for group in groups)
+    try:
+        fits = [len(group["params"]) for group in saved_groups] == [len(group["params"]) for group in groups]
+        fits &= all("lr_scale" in group for group in saved_groups)
+        for number, values in state["state"].items() if fused else ():
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor) and value.dim()]
+            fits &= all(list(value.shape) == shapes[number] for value in tensors)
+    except (AttributeError, LookupError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: the optimizer's state does not fit this run's parameters; use another checkpoint")
+
+
+def check_unused(folder: Path, options: dict) -> None:
+    """UserError if a folder without checkpoints has another run's log, which this run would overwrite.
+
+    A log may be overwritten if its run had the same settings and ended before its first numbered checkpoint.
+    """
+    log_file = folder / "log.txt"
+    if not log_file.exists() or not log_file.stat().st_size:
+        return
+    try:
+        then = json.loads((folder / "config.json").read_text())["options"]
+        epochs = len(log_file.read_text().splitlines())  # a crash can come between the last line and its checkpoint
+        lost = not then["save_ckpt"] or epochs > then["save_ckpt_freq"] or differing(then, options)
+    except (OSError, ValueError, KeyError, TypeError):
+        lost = True
+    if lost:
+        raise UserError(f"--output_dir {folder} has the log.txt of another run: name another folder")
+
+
+# ---- loading ----
+
+
+def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
+    """Return the best figures of a run resumed from `path` whose files are in `folder`.
+
+    Copy a file from the folder of `path`, unless it is of a later state than the checkpoint.
+    """
+    best = {}
+    for metric, value in saved["best"].items():
+        target, source = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
+        if not target.exists() and source.exists():
+            try:
+                if position_of(read_checkpoint(source)) <= position_of(saved):
+                    write_atomically(target, source.read_bytes())
+            except UserError as error:
+                log.warning("%s; the best starts anew", error)
+        if target.exists():
+            best[metric] = value
+    return best
+
+
+def load_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | None) -> None:
+    """Load the weights of a checkpoint and their moving average. UserError naming the keys that do not fit."""
+    for module, key in ((model, "model"), (ema, "model_ema")):
+        if module is not None:
+            if key not in saved:
+                raise UserError(f"{path} has no moving average of the weights: leave out --model_ema")
+            check_fit(saved[key], module, f"{path} does not fit --model")
+            module.load_state_dict(saved[key])
+
+
+def load_initialization(path: Path, model: nn.Module, options: argparse.Namespace) -> dict:
+    """Copy the weights of `--initialize` into the model; return where they come from. UserError if they do not fit."""
+    family = family_of(model)
+    key, prefix = options.model_key, options.model_prefix
+    tensors, source = read_initialization(str(path), family, model_key=key, prefix=prefix)
+    option = f"--initialize {source['path']}"
     if source["family"] not in (None, family):
         student = source["student"] if isinstance(source["student"], dict) else {}
         made_for = student.get("model", source["family"])
-        raise UserError(f"{name} was made for {made_for}, but --model is {options.model}")
-    other_head = inherit(model, tensors, f"{name} does not fit --model {options.model}")
+        raise UserError(f"{option} was made for {made_for}, but --model is {options.model}")
+    other_head = inherit(model, tensors, f"{option} does not fit --model {options.model}")
     if other_head:
-        log.info("%s: %s is for other classes; the head starts from random values", name, ", ".join(other_head))
-    log.info("%s: %d tensors taken", name, len(tensors) - len(other_head))
+        log.info("%s: %s is for other classes; the head starts from random values", option, ", ".join(other_head))
+    log.info("%s: %d tensors taken", option, len(tensors) - len(other_head))
     return source
