@@ -57,12 +57,15 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_run(image_folder, tmp_path):
-    """Return a function: the options of a two-epoch run on `image_folder`, five updates per epoch, and more options."""
+    """Return a function: the options of a two-epoch run on `image_folder`, five updates per epoch, and more.
+
+    One string may hold several options.
+    """
 
     def options(*more: str, output_dir: Path | str = tmp_path / "run") -> list[str]:
         recipe = "--input_size 32 --epochs 2 --warmup_epochs 1 --batch_size 8 --lr 1e-3 --num_workers 0 --device cpu"
         data = ["--data_set", "image_folder", "--data_path", str(image_folder)]
-        return [*TINY_MODEL, *data, *recipe.split(), "--output_dir", str(output_dir), *map(str, more)]
+        return [*TINY_MODEL, *data, *recipe.split(), "--output_dir", str(output_dir), *" ".join(map(str, more)).split()]
 
     return options
 

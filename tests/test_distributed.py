@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_two_processes, read_log, write_images
+from conftest import TINY_MODEL, in_two_processes, read_log, write_images
 
 import main as script
+from training import distributed
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,9 +38,9 @@ def final(folder):
 def two_process_run(image_folder, tmp_path_factory):
     """The folder and the options of a three-epoch run of two processes, and what it printed."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    argv = ["--data_set", "image_folder", "--data_path", str(image_folder), "--input_size", "32", "--device", "cpu",
-        "--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8", "--drop_path", "0.1",
-        "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "4", "--num_workers", "1", "--lr", "1e-3"]  # fmt: skip
+    argv = ["--data_set", "image_folder", "--data_path", str(image_folder), *TINY_MODEL]
+    argv += "--input_size 32 --device cpu --drop_path 0.1 --epochs 3 --warmup_epochs 1 --batch_size 4".split()
+    argv += "--num_workers 1 --lr 1e-3".split()
     codes, said = in_two_processes([*argv, "--output_dir", folder], tmp_path_factory.mktemp("said") / "said.txt")
     assert codes == [0, 0], said
     return folder, argv, said
@@ -51,7 +53,7 @@ def test_two_processes_print_and_write_once(two_process_run):
     assert [path.name for path in folder.glob(".*")] == [".lock"]
 
 
-def test_resumed_run_of_two_processes_equals_the_uninterrupted_one(two_process_run, tmp_path):
+def test_resumed_run_of_two_processes_equals_the_whole_one(two_process_run, tmp_path):
     folder, argv, _ = two_process_run
     (tmp_path / "checkpoint-0.pth").write_bytes((folder / "checkpoint-0.pth").read_bytes())
     result = launch([*argv, "--output_dir", str(tmp_path)])
@@ -75,13 +77,13 @@ def test_one_process_with_accumulation_makes_the_same_updates(two_process_run, t
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-def test_compiled_run_of_two_processes_is_the_same_run_and_is_resumed(two_process_run, tmp_path, monkeypatch):
+def test_compiled_run_of_two_processes_is_equal_and_resumes(two_process_run, tmp_path, monkeypatch):
     """In bfloat16, with accumulation and an average, as traced for DDP; what is traced is not made into C++ here."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, mode: real(model, backend="aot_eager"))
     _, argv, _ = two_process_run
-    more = [*argv, "--batch_size", "2", "--update_freq", "2", "--model_ema", "true", "--model_ema_decay", "0.9", "--drop_path", "0",
-        "--use_amp", "true", "--amp_dtype", "bfloat16", "--save_ckpt_num", "9"]  # fmt: skip
+    more = "--batch_size 2 --update_freq 2 --model_ema true --model_ema_decay 0.9 --drop_path 0 --use_amp true"
+    more = [*argv, *more.split(), "--amp_dtype", "bfloat16", "--save_ckpt_num", "9"]
     for name, words in (("plain", []), ("whole", ["--compile"]), ("resumed", ["--compile"])):
         if name == "resumed":
             (tmp_path / name).mkdir()
@@ -109,28 +111,9 @@ def test_evaluation_is_exact_over_any_number_of_processes(two_process_run):
 def test_processes_measure_one_model_where_it_keeps_statistics(two_process_run, tmp_path):
     _, argv, _ = two_process_run
     place = argv.index("--model_kwargs")
-    argv = [
-        *argv[:place],
-        *argv[place + 5 :],
-        "--model",
-        "resnet18",
-        "--model_kwargs",
-        "layers=[1,1,1,1]",
-        "--drop_path",
-        "0",
-    ]
-    argv += [
-        "--epochs",
-        "1",
-        "--model_ema",
-        "true",
-        "--model_ema_decay",
-        "0.5",
-        "--model_ema_eval",
-        "true",
-        "--output_dir",
-        str(tmp_path),
-    ]
+    argv = [*argv[:place], *argv[place + 5 :], "--model", "resnet18", "--model_kwargs", "layers=[1,1,1,1]"]
+    argv += "--drop_path 0 --epochs 1 --model_ema true --model_ema_decay 0.5 --model_ema_eval true".split()
+    argv += ["--output_dir", str(tmp_path)]
     codes, said = in_two_processes(argv, tmp_path / "said.txt")
     assert codes == [0, 0], said
     logged, measured = read_log(tmp_path)[0], script.main([*argv, "--eval", "true"])
@@ -165,22 +148,14 @@ def test_help_and_usage_errors_need_no_torch():
 
 
 def test_user_error_is_one_line_and_exit_code_1(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "weight_selection.py"),
-        "--output_dir",
-        str(tmp_path),
-        "--pretrained_path",
-        "none.pth",
-    ]
+    options = ["--output_dir", str(tmp_path), "--pretrained_path", "none.pth"]
+    command = [sys.executable, str(ROOT / "weight_selection.py"), *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "weight_selection.py: error: --pretrained_path none.pth does not exist\n"
 
 
 def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
-    from training import distributed
-
     for rank, expected in ((0, ["body", "told", "told"]), (1, ["told", "body", "told"])):
         seen = []
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -191,12 +166,10 @@ def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):
 
 
 def test_where_rank_0_fails_first_the_others_end_without_a_word(monkeypatch):
-    from training import distributed
-
     said = []
     monkeypatch.setattr(distributed, "of_all_ranks", lambda failed, **_: said.append(failed) or [True])
-    with pytest.raises(script.UserError, match="no such set"), distributed.main_first():
-        raise script.UserError("no such set")
+    with pytest.raises(UserError, match="no such set"), distributed.main_first():
+        raise UserError("no such set")
     assert said == [True]
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     with pytest.raises(SystemExit), distributed.main_first():
@@ -205,7 +178,6 @@ def test_where_rank_0_fails_first_the_others_end_without_a_word(monkeypatch):
 
 def test_only_rank_0_downloads(tiny_run, monkeypatch):
     import datasets
-    from training import distributed
 
     asked, real = [], datasets.load_images
     monkeypatch.setattr(datasets, "load_images", lambda *a, **k: asked.append(k["download"]) or real(*a, **k))
@@ -216,16 +188,12 @@ def test_only_rank_0_downloads(tiny_run, monkeypatch):
 
 
 def test_processes_that_find_different_checkpoints_are_stopped(tiny_run, monkeypatch):
-    from training import distributed
-
     monkeypatch.setattr(
         distributed,
         "of_all_ranks",
         lambda value, patiently=False: [value, value if patiently else ("checkpoint-3.pth", 20)],
     )
-    with pytest.raises(
-        script.UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes must share --output_dir"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes must share --output_dir"):
         script.main(tiny_run())
 
 
@@ -242,3 +210,36 @@ def test_two_processes_share_a_cache_and_make_the_updates_of_one(two_process_run
     assert read_log(tmp_path / "two")[-1]["test_loss"] == pytest.approx(
         read_log(tmp_path / "one")[-1]["test_loss"], rel=1e-3
     )
+
+
+# ---- devices ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_named(tiny_run):
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
+        script.main(tiny_run("--device", "cuda"))
+
+
+def test_more_processes_than_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes on this node, but 2 GPUs: start at most 2"):
+        distributed.pick_device("cuda")
+
+
+def test_one_gpu_for_two_processes_and_a_missing_gpu_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:5: the GPUs here are cuda:0 to cuda:1"):
+        distributed.pick_device("cuda:5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0 names one GPU for 2 processes"):
+        distributed.pick_device("cuda:0")
+
+
+def test_processes_of_srun_without_torchrun_are_refused(tiny_run, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(UserError, match="use srun torchrun"):
+        script.main(tiny_run())

@@ -40,13 +40,19 @@ def batches_of(count, size=4, seed=0):
     ]
 
 
-def make_trainer(model, steps=4, *, dtype=None, opt="adamw", lr=0.1, **settings):
-    optimizer = create_optimizer(
-        [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}], opt, lr=lr, momentum=0.0, eps=1e-8
-    )
-    return Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, Precision(CPU, dtype), np.full(steps, lr), np.zeros(steps), **settings
-    )
+def optimizer_of(model, opt="adamw", lr=0.1):
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+    return create_optimizer(groups, opt, lr=lr, momentum=0.0, eps=1e-8)
+
+
+def make_trainer(model, steps=4, *, dtype=None, opt="adamw", lr=0.1, device=CPU, **settings):
+    settings = {
+        "criterion": nn.CrossEntropyLoss(),
+        "lr": np.full(steps, lr),
+        "weight_decay": np.zeros(steps),
+        **settings,
+    }
+    return Trainer(model, optimizer=optimizer_of(model, opt, lr), precision=Precision(device, dtype), **settings)
 
 
 def train(trainer, batches, steps=None, report=lambda *_: None):
@@ -90,10 +96,9 @@ def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     monkeypatch.setattr(DeviceSums, "read", lambda self, **kwargs: reads.append(1) or real(self, **kwargs))
     model = tiny_model()
     mixer = build_mixer(num_classes=3, seed=0, **MIXING)
-    trainer = make_trainer(model, 8, dtype=dtype, update_freq=2, clip_grad=1.0, ema=ModelEmaV3(model, decay=0.9), log_freq=4,
-        mixer=mixer if mixed else None)  # fmt: skip
-    if mixed:
-        trainer.criterion = SoftTargetCrossEntropy()
+    mixing = {"mixer": mixer, "criterion": SoftTargetCrossEntropy()} if mixed else {}
+    settings = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 4}
+    trainer = make_trainer(model, 8, dtype=dtype, **settings, **mixing)
     with HostReads(monkeypatch) as host:
         train(trainer, batches_of(16))
     # two reads, one every 4 of the 8 updates; float16 asks there too how many updates in a row it skipped
@@ -128,13 +133,9 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(name, cache, image_folde
     )  # fmt: skip
     shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
     model = models.build_model("vit_tiny", num_classes=3, input_size=40, model_kwargs=shape).to(device)
-    optimizer = create_optimizer(
-        [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}], "adamw", lr=1e-3, momentum=0.0, eps=1e-8
-    )  # fmt: skip
-    trainer = Trainer(
-        model, SoftTargetCrossEntropy(), optimizer, Precision(device, torch.bfloat16), np.full(10, 1e-3), np.zeros(10), update_freq=2,
-        clip_grad=1.0, mixer=build_mixer(num_classes=3, seed=0, **MIXING), ema=ModelEmaV3(model, decay=0.9), log_freq=9
-    )  # fmt: skip
+    mixing = {"mixer": build_mixer(num_classes=3, seed=0, **MIXING), "criterion": SoftTargetCrossEntropy()}
+    settings = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 9}
+    trainer = make_trainer(model, 10, dtype=torch.bfloat16, lr=1e-3, device=device, **settings, **mixing)
 
     def read(self, **kwargs):
         if name == "cuda":
@@ -233,7 +234,7 @@ class BadAt(nn.Module):
 
 
 @pytest.mark.parametrize(("value", "named"), [(math.nan, "loss"), (math.inf, "loss"), ("gradient", "gradient")])
-def test_update_that_is_not_finite_is_not_applied_and_ends_the_run(value, named):
+def test_update_that_is_not_finite_is_skipped_and_ends_the_run(value, named):
     model = tiny_model()
     trainer = make_trainer(model, 4, log_freq=4)
     trainer.criterion = BadAt(2, value)
@@ -300,7 +301,7 @@ def test_ema_follows_the_updates():
     torch.testing.assert_close(ema.module[1].weight, 0.75 * start + 0.25 * model[1].weight)
 
 
-def test_reported_means_are_of_the_window_and_returned_ones_of_the_epoch():
+def test_reports_cover_the_window_and_the_result_the_epoch():
     seen = []
     model = tiny_model()
     trainer = make_trainer(model, 5, log_freq=2, lr=0.0)
@@ -371,23 +372,7 @@ def test_summary_shows_what_there_is():
 def test_host_waits_only_at_log_steps_on_cuda(dtype):
     device = torch.device("cuda")
     model = tiny_model().to(device)
-    optimizer = create_optimizer(
-        [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}],
-        "adamw",
-        lr=0.1,
-        momentum=0.0,
-        eps=1e-8,
-    )
-    trainer = Trainer(
-        model,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        Precision(device, dtype),
-        np.full(9, 0.1),
-        np.zeros(9),
-        log_freq=4,
-        clip_grad=1.0,
-    )
+    trainer = make_trainer(model, 9, dtype=dtype, device=device, log_freq=4, clip_grad=1.0)
     batches = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches_of(9)]
     real = DeviceSums.read
 

@@ -25,7 +25,7 @@ def old_run(tmp_path):
     return [*RUN.split(), "--epochs", "1", "--model_ema", "true", "--output_dir", str(tmp_path)], tmp_path
 
 
-def test_evaluation_of_an_old_checkpoint_gives_the_logged_figures(old_run):
+def test_old_checkpoint_evaluates_to_the_logged_figures(old_run):
     measured = script.main([*old_run[0], "--eval", "true"])
     assert measured == pytest.approx(LOGGED, rel=1e-6)  # float32 sums, on whatever machine
 

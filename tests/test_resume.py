@@ -11,13 +11,15 @@ from utils import UserError
 
 EXTRAS = {
     "plain": [],
-    "everything": ["--model_ema", "true", "--model_ema_decay", "0.9", "--model_ema_eval", "true", "--update_freq", "2", "--clip_grad", "1",
-        "--drop_path", "0.2", "--weight_decay_end", "0.2", "--use_amp", "true", "--amp_dtype", "bfloat16", "--layer_decay", "0.8", "--batch_size", "4"],
-    "workers": ["--num_workers", "2"],
-    "device": ["--num_workers", "1", "--augment", "device", "--update_freq", "2", "--batch_size", "4"],
-    "cached": ["--augment", "device", "--cache", "device"],
-    "float16": ["--use_amp", "true", "--amp_dtype", "float16"],
-}  # fmt: skip
+    "everything": [
+        "--model_ema true --model_ema_decay 0.9 --model_ema_eval true --update_freq 2 --clip_grad 1 --drop_path 0.2",
+        "--weight_decay_end 0.2 --use_amp true --amp_dtype bfloat16 --layer_decay 0.8 --batch_size 4",
+    ],
+    "workers": ["--num_workers 2"],
+    "device": ["--num_workers 1 --augment device --update_freq 2 --batch_size 4"],
+    "cached": ["--augment device --cache device"],
+    "float16": ["--use_amp true --amp_dtype float16"],
+}
 
 
 def pull_the_plug(monkeypatch, update):
@@ -39,9 +41,7 @@ def timeless(folder):
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("update", [7, 9, 14])  # of five in each of three epochs
-def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
-    extra, update, tiny_run, tmp_path, monkeypatch, uninterrupted
-):
+def test_resumed_run_ends_like_the_uninterrupted_one(extra, update, tiny_run, tmp_path, monkeypatch, uninterrupted):
     options = [*EXTRAS[extra], "--epochs", "3", "--save_ckpt_steps", "2", "--log_freq", "3"]
     if extra not in uninterrupted:
         uninterrupted[extra] = tmp_path / "whole"
@@ -107,7 +107,7 @@ def test_resume_names_a_file_and_starts_a_new_folder(tiny_run, tmp_path):
     assert_equal_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 
-def test_same_command_goes_on_where_it_named_a_file_to_start_from(tiny_run, tmp_path, monkeypatch):
+def test_command_with_resume_continues_its_own_run(tiny_run, tmp_path, monkeypatch):
     script.main(tiny_run("--epochs", "3", output_dir=tmp_path / "a"))
     again = tiny_run("--epochs", "3", "--resume", tmp_path / "a" / "checkpoint-0.pth", output_dir=tmp_path / "b")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
@@ -118,7 +118,7 @@ def test_same_command_goes_on_where_it_named_a_file_to_start_from(tiny_run, tmp_
     assert_equal_weights(*(weights_of(tmp_path / name, "checkpoint-2.pth") for name in "ab"))
 
 
-def test_resuming_with_other_settings_names_them_and_changes_nothing(tiny_run, tmp_path):
+def test_other_settings_are_named_and_nothing_changes(tiny_run, tmp_path):
     script.main(tiny_run("--epochs", "2"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match=r"other settings: --mixup was 0\.8, is 0\.0, --lr was 0\.001, is 0\.5"):
@@ -146,7 +146,7 @@ def test_log_of_a_run_without_checkpoints_is_not_overwritten(tiny_run, tmp_path)
     assert (tmp_path / "run" / "log.txt").read_bytes() == before
 
 
-def test_log_of_a_run_whose_checkpoints_are_gone_is_not_overwritten(tiny_run, tmp_path):
+def test_log_without_its_checkpoints_is_not_overwritten(tiny_run, tmp_path):
     script.main(tiny_run())
     before = (tmp_path / "run" / "log.txt").read_bytes()
     for path in (tmp_path / "run").glob("checkpoint-?.pth"):
@@ -212,12 +212,11 @@ def test_settings_that_decide_nothing_may_change(tiny_run):
 # ---- another number of processes ----
 
 
-@pytest.mark.parametrize(("batch_size", "update_freq", "processes", "kept"), [
-    ("8", "1", 2, None),  # the total batch of one process cannot be had by two
-    ("4", "2", 2, 1),
-    ("4", "2", 4, None),
-])  # fmt: skip
-def test_another_number_of_processes_keeps_the_images_of_an_update(
+@pytest.mark.parametrize(
+    ("batch_size", "update_freq", "processes", "kept"),
+    [("8", "1", 2, None), ("4", "2", 2, 1), ("4", "2", 4, None)],  # None: no number keeps the total batch
+)
+def test_other_number_of_processes_keeps_the_total_batch(
     batch_size, update_freq, processes, kept, tiny_run, monkeypatch, caplog
 ):
     options = tiny_run("--epochs", "1", "--batch_size", batch_size, "--update_freq", update_freq)
@@ -236,18 +235,7 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(
 
 def test_one_process_goes_on_with_the_images_of_two(tiny_run, tmp_path):
     """The state within an epoch that two processes would have left makes the updates of one with accumulation."""
-    options = [
-        "--epochs",
-        "1",
-        "--batch_size",
-        "4",
-        "--update_freq",
-        "2",
-        "--save_ckpt_steps",
-        "2",
-        "--save_ckpt_num",
-        "9",
-    ]
+    options = "--epochs 1 --batch_size 4 --update_freq 2 --save_ckpt_steps 2 --save_ckpt_num 9".split()
     script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
     state = torch.load(tmp_path / "whole" / "checkpoint-0-2.pth", weights_only=True)
     (tmp_path / "other").mkdir()
@@ -270,19 +258,8 @@ def test_one_process_goes_on_with_the_images_of_two(tiny_run, tmp_path):
     "amp", [[], ["--use_amp", "true"], ["--use_amp", "true", "--amp_dtype", "bfloat16", "--compile"]]
 )
 def test_deterministic_run_on_cuda_is_resumed_bit_for_bit(amp, tiny_run, tmp_path, monkeypatch):
-    options = [
-        "--device",
-        "cuda",
-        "--deterministic",
-        *amp,
-        "--augment",
-        "device",
-        "--cache",
-        "device",
-        "--drop_path",
-        "0.2",
-    ]
-    options += ["--model_ema", "true", "--save_ckpt_steps", "2"]
+    options = ["--device cuda --deterministic --augment device --cache device --drop_path 0.2", *amp]
+    options += ["--model_ema true --save_ckpt_steps 2"]
     script.main(tiny_run(*options, output_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
         pull_the_plug(patch, 8)

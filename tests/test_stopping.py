@@ -68,7 +68,7 @@ def test_signal_in_an_evaluation_loses_no_update(tiny_run, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_before_training_ends_at_once_and_a_batch_systems_asks_for_more(number, tiny_run, tmp_path, monkeypatch):
+def test_signal_before_training_ends_and_sigusr1_requeues(number, tiny_run, tmp_path, monkeypatch):
     send_at(monkeypatch, script, "load_data", number)
     with pytest.raises(Stopped, match="^before the first update$"):
         script.main(tiny_run())
@@ -77,9 +77,7 @@ def test_signal_before_training_ends_at_once_and_a_batch_systems_asks_for_more(n
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_process_that_was_asked_before_training_says_so_where_it_is_not_the_main_one(
-    tiny_run, tmp_path, monkeypatch, caplog
-):
+def test_other_rank_says_that_it_was_stopped_before_training(tiny_run, tmp_path, monkeypatch, caplog):
     send_at(monkeypatch, script, "load_data", signal.SIGTERM)
     monkeypatch.setattr(script.distributed, "is_main", lambda: False)
     monkeypatch.setattr(script.distributed, "rank", lambda: 3)
@@ -104,11 +102,10 @@ def test_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
 
 
 def test_lock_is_of_the_process_and_gone_with_it(tiny_run, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\nimport time\nfrom training import folder\n"
-         "with folder.opened(sys.argv[2]): print('held', flush=True); time.sleep(60)", ROOT, tmp_path / "run"],
-        stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nimport time\nfrom training import folder\n"
+    code += "with folder.opened(sys.argv[2]): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, ROOT, tmp_path / "run"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"run is in use by another run \(process {holder.pid} on "):
@@ -130,7 +127,7 @@ def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     assert "cannot be locked" in caplog.text
 
 
-def test_what_a_killed_run_had_not_finished_writing_is_cleared_away(tiny_run, tmp_path):
+def test_half_written_files_of_a_killed_run_are_deleted(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".checkpoint-0.pth.123.tmp").write_bytes(b"half of it")
     script.main(tiny_run("--epochs", "1"))

@@ -129,7 +129,7 @@ def test_killed_process_ends_the_others(job, tiny_run, tmp_path):
     assert "another process failed" in run.said.read_text()
 
 
-def test_loss_that_is_not_finite_ends_all_before_anything_is_saved(job, tiny_run, tmp_path):
+def test_loss_that_is_not_finite_ends_all_and_saves_nothing(job, tiny_run, tmp_path):
     run = job(
         tiny_run(
             "--batch_size", "4", "--lr", "1e30", "--warmup_epochs", "0", "--log_freq", "3", "--save_ckpt_steps", "2"
@@ -255,9 +255,9 @@ def models_of_a_pair(folder):
         folder / "t.pth",
     )
     kwargs = {**teacher, "embed_dim": 32, "num_heads": 2}
-    return ["--model_type", "vit", "--pretrained_model", "vit_tiny", "--student_model", "vit_tiny",
-        "--pretrained_path", str(folder / "t.pth"), "--pretrained_kwargs", *(f"{k}={v}" for k, v in teacher.items()),
-        "--student_kwargs", *(f"{k}={v}" for k, v in kwargs.items())]  # fmt: skip
+    models = "--model_type vit --pretrained_model vit_tiny --student_model vit_tiny --pretrained_path".split()
+    teacher, student = ([f"{key}={value}" for key, value in each.items()] for each in (teacher, kwargs))
+    return [*models, str(folder / "t.pth"), "--pretrained_kwargs", *teacher, "--student_kwargs", *student]
 
 
 @pytest.fixture
