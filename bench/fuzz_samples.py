@@ -1,9 +1,7 @@
-"""Intact files of every kind for bench/fuzz.py, and the project's readers of each, whose tensors fuzz_reader.py's have to equal."""
+"""Intact files of every kind for bench.fuzz, the project's readers of each, and the plain library's."""
 
 import io
 import json
-import pickle
-import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,63 +9,54 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+from timm.models import vision_transformer
 
 import models
 import weight_selection
-from bench.fuzz_pickles import text
-from bench.fuzz_reader import NPZ, TEACHER, flat, read_index, read_npz, read_safetensors, read_state, read_torch
-from selection.tensors import select
+from bench import mutations
 from training import checkpoint
 from utils import UserError
-from weightfiles import lazy as selection_read
-from weightfiles import read
+from weightfiles import lazy, read
 from weightfiles.initialization import read_initialization, write_initialization
 
 NAME = "vit_tiny_patch16_224"
+TEACHER = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 STUDENT = {**TEACHER, "embed_dim": 12, "depth": 2, "num_heads": 3}
 MODELS = [models.create(NAME, kwargs) for kwargs in (TEACHER, STUDENT)]
 PAIR = [models.ModelSpec(NAME, kwargs) for kwargs in (TEACHER, STUDENT)]
 
-Files = dict[str, bytes]
+Tensors = dict[str, torch.Tensor]
+
+
+class Reader(NamedTuple):
+    """One of the project's readers, and what it must find if the file holds the given tensors."""
+
+    name: str
+    read: Callable[[Path], Tensors]
+    expected: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
 
 class Sample(NamedTuple):
-    """An intact file, the one that the user names first, with those that belong to it."""
+    """An intact file, the one that the user names first, with the files that belong to it."""
 
-    files: Files
-    truth: Callable[[Path, bool], dict]  # the tensors of a mutant that loads; whether its checksums were written anew
-    entries: dict[str, Callable]  # the project's readers: (path, truth) -> number of tensors, all compared
+    files: dict[str, bytes]
+    readers: list[Reader]
+    reference: Callable[[Path], Tensors]  # the plain library
+    intact: Tensors | None = None  # what it holds, if its checksums promise that
 
 
 # ---- the project's readers ----
 
 
-def compare(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> int:
-    """The number of tensors, which have to be those of `truth` bit for bit."""
-    assert found.keys() == truth.keys(), f"keys differ: {sorted(found.keys() ^ truth.keys())[:3]}"
-    for key, tensor in found.items():
-        other = truth[key]
-        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), f"{key}: {tensor.dtype} {tensor.shape}"
-        here, there = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (tensor, other))
-        assert torch.equal(here, there), f"{key} has other values than the file"
-    return len(found)
+def by_read_weights(path: Path) -> Tensors:
+    return read.read_weights(path)
 
 
-def check_finite(found: dict[str, torch.Tensor]) -> None:
-    assert all(tensor.isfinite().all() for tensor in found.values()), "a value is not finite"
+def by_open_weights(path: Path) -> Tensors:
+    return dict(lazy.open_weights(path))
 
 
-def by_read_weights(path: Path, truth: Callable) -> int:
-    found = read.read_weights(path)
-    return compare(found, truth())
-
-
-def by_open_weights(path: Path, truth: Callable) -> int:
-    found = dict(selection_read.open_weights(path))
-    return compare(found, truth())
-
-
-def by_initialize(path: Path, truth: Callable) -> int:
+def by_initialize(path: Path) -> Tensors:
     """As main.py takes `--initialize`: read, then copied into a model, whose head may have other classes."""
     tensors, source = read_initialization(str(path), "vit")
     json.dumps(source)  # it goes into config.json and every checkpoint
@@ -77,140 +66,201 @@ def by_initialize(path: Path, truth: Callable) -> int:
     width = tensors["norm.weight"].shape if "norm.weight" in tensors else ()
     model = MODELS[width == (STUDENT["embed_dim"],)]
     models.inherit(model, tensors, f"--initialize {path} does not fit --model {NAME}")
-    check_finite(tensors)
-    assert all(torch.equal(value, tensors[key].to(value.dtype)) for key, value in model.state_dict().items()
-        if key in tensors and not key.startswith("head.")), "the model did not get the values"  # fmt: skip
-    return compare(tensors, truth())
+    for key, value in model.state_dict().items():
+        same = key not in tensors or key.startswith("head.") or torch.equal(value, tensors[key].to(value.dtype))
+        assert same and value.isfinite().all(), f"the model did not get the values of {key}"
+    return tensors
 
 
-def by_selection(path: Path, truth: Callable) -> int:
-    """As weight_selection.py takes `--pretrained_path`: planned, read where needed, cut to the student's shape."""
+def by_selection(path: Path) -> Tensors:
+    """As weight_selection.py takes `--pretrained_path`."""
     tensors, _ = weight_selection.select_weights(*PAIR, pretrained_path=str(path))
-    check_finite(tensors)
+    assert all(tensor.isfinite().all() for tensor in tensors.values()), "a value is not finite"
+    return tensors
+
+
+def by_read_checkpoint(path: Path) -> Tensors:
+    return flat(checkpoint.read_checkpoint(path))
+
+
+def selected(tensors: Tensors) -> Tensors:
+    """The student's tensors by the paper's rule, after timm has converted a file of another layout."""
     teacher, student = MODELS
-    known = truth()
     own = {key: value for key, value in teacher.state_dict().items() if not key.startswith("head.")}
-    if any(key not in known or known[key].shape != value.shape for key, value in own.items()):
-        known = models.FAMILIES["vit"].converter(known, teacher)
-    plan = weight_selection.make_plan(teacher, student, weight_selection.PUBLISHED, include_head=False, weights=None)
-    return compare(tensors, select(known, plan))
+    if any(key not in tensors or tensors[key].shape != value.shape for key, value in own.items()):
+        tensors = vision_transformer.checkpoint_filter_fn(tensors, teacher)
+    found = {}
+    for key, value in student.state_dict().items():
+        if not key.startswith("head."):
+            found[key] = tensors[key]
+            for axis, size in enumerate(value.shape):
+                had = found[key].shape[axis]
+                places = (
+                    torch.arange(0, had, had // size) if had % size == 0 else torch.linspace(0, had - 1, size).round()
+                )
+                found[key] = found[key].index_select(axis, places.long())
+    return found
 
 
-def by_read_checkpoint(path: Path, truth: Callable) -> int:
-    return compare(flat(checkpoint.read_checkpoint(path)), truth())
+READ = Reader("read_weights", by_read_weights)
+OPEN = Reader("open_weights", by_open_weights)
+SELECT = Reader("weight_selection", by_selection, selected)
+INITIALIZE = Reader("read_initialization", by_initialize)
+FOREIGN = [INITIALIZE, READ, OPEN, SELECT]
+
+
+# ---- the plain library's ----
+
+
+def flat(value: object, name: str = "") -> Tensors:
+    """The tensors in a training state by their places; all other values become a part of a name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        inner = [flat(each, f"{name}/{key}") for key, each in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = [flat(each, f"{name}/{number}") for number, each in enumerate(value)]
+    else:
+        return {f"{name}={value!r}": torch.zeros(0)}
+    return {key: each for part in inner for key, each in part.items()}
+
+
+def torch_load(path: Path) -> Tensors:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return next(
+        (content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content
+    )
+
+
+def load_state(path: Path) -> Tensors:
+    return flat(checkpoint.NEWER | torch.load(path, map_location="cpu", weights_only=True))
+
+
+def load_index(path: Path) -> Tensors:
+    files = json.loads(path.read_bytes())["weight_map"]
+    return {key: safetensors.torch.load_file(path.with_name(name))[key] for key, name in files.items()}
+
+
+def load_arrays(path: Path) -> Tensors:
+    model = models.create(NAME, TEACHER)
+    model.load_pretrained(path)
+    return model.state_dict()
 
 
 # ---- intact files ----
 
 
-def values(model: torch.nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def values(model: torch.nn.Module, generator: torch.Generator) -> Tensors:
     return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
 
 
-def make_samples(folder: Path) -> dict[str, Sample]:
-    """An intact file of each kind; `folder` is for the writers, and empty again after."""
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = (values(model, generator) for model in MODELS)
-
-    def written(write: Callable[[Path], object]) -> Files:
-        write(folder)
-        found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-        for name in found:
-            (folder / name).unlink()
-        return found
-
-    def pair(name: str) -> Files:
-        made = written(lambda folder: write_initialization(folder / name, student, describe()))
-        return {name: made.pop(name), **made}
-
-    def index(folder: Path) -> None:
-        names = list(teacher)
-        parts = {f"model-{part + 1:05}-of-00002.safetensors": names[part::2] for part in range(2)}
-        for name, keys in parts.items():
-            safetensors.torch.save_file({key: teacher[key] for key in keys}, folder / name)
-        files = {key: name for name, keys in parts.items() for key in keys}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-    def arrays(folder: Path) -> None:
-        chance = np.random.default_rng(0)
-        np.savez(
-            folder / "vit.npz", **{key: chance.normal(size=shape).astype(np.float32) for key, shape in NPZ.items()}
-        )
-
-    nested = {"state_dict": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
-    state = training_state(student)
-    saved = flat({"format": checkpoint.CHECKPOINT_FORMAT, **state})
-    initialization = {"read_initialization": by_initialize}
-    selecting = {"read_weights": by_read_weights, "open_weights": by_open_weights, "weight_selection": by_selection}
-    foreign = {**initialization, **selecting}
-
-    def foreign_truth(read: Callable[[Path], dict]) -> Callable[[Path, bool], dict]:
-        return lambda path, rewritten: read(path)
-
-    old = written(lambda folder: torch.save(teacher, folder / "o.pth", _use_new_zipfile_serialization=False))
-    return {
-        "initialization .pth": Sample(pair("vit.pth"), lambda path, rewritten: student, initialization),
-        "initialization .safetensors": Sample(pair("vit.safetensors"), lambda path, rewritten: student, initialization),
-        "checkpoint": Sample(
-            written(lambda folder: checkpoint.save_checkpoint(folder / "checkpoint-3.pth", state)),
-            lambda path, rewritten: read_state(path) if rewritten else saved,
-            {"read_checkpoint": by_read_checkpoint},
-        ),
-        ".pth": Sample(
-            written(lambda folder: torch.save(teacher, folder / "w.pth")), foreign_truth(read_torch), foreign
-        ),
-        ".bin, nested": Sample(
-            written(lambda folder: torch.save(nested, folder / "w.bin")), foreign_truth(read_torch), selecting
-        ),
-        ".pth, old": Sample({"o.pth": with_fixed_keys(old["o.pth"])}, foreign_truth(read_torch), foreign),
-        ".safetensors": Sample(
-            written(lambda folder: safetensors.torch.save_file(teacher, folder / "w.safetensors")),
-            foreign_truth(read_safetensors),
-            foreign,
-        ),
-        ".npz": Sample(written(arrays), foreign_truth(read_npz), {"weight_selection": by_selection}),
-        "index": Sample(
-            dict(sorted(written(index).items(), key=lambda file: not file[0].endswith(".json"))),
-            foreign_truth(read_index),
-            {"open_weights": by_open_weights, "weight_selection": by_selection},
-        ),
+def arrays() -> dict[str, np.ndarray]:
+    """Random values in the arrays of a ViT's first release."""
+    width, heads, patch, random = (
+        TEACHER["embed_dim"],
+        TEACHER["num_heads"],
+        TEACHER["patch_size"],
+        np.random.default_rng(0),
+    )
+    shapes = {"cls": (1, 1, width), "Transformer/posembed_input/pos_embedding": (1, 17, width)}
+    layers = {"embedding": (patch, patch, 3, width), "head": (width, 5)}
+    norms = ["Transformer/encoder_norm"]
+    for block in (f"Transformer/encoderblock_{number}" for number in range(TEACHER["depth"])):
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        layers |= {f"{attention}/{name}": (width, heads, width // heads) for name in ("query", "key", "value")}
+        layers |= {f"{attention}/out": (heads, width // heads, width)}
+        layers |= {f"{block}/MlpBlock_3/Dense_0": (width, 4 * width), f"{block}/MlpBlock_3/Dense_1": (4 * width, width)}
+        norms += [f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"]
+    shapes |= {f"{name}/kernel": shape for name, shape in layers.items()}
+    shapes |= {
+        f"{name}/bias": shape[-2:] if len(shape) == 3 and shape[0] == width else shape[-1:]
+        for name, shape in layers.items()
     }
+    shapes |= {f"{name}/{part}": (width,) for name in norms for part in ("scale", "bias")}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def with_fixed_keys(content: bytes) -> bytes:
-    """A file of float32 in torch's old format whose storages are named by their order, not by where in memory they were."""
-    file, ends = io.BytesIO(content), []
-    for _ in range(5):
-        ops = list(pickletools.genops(file))
-        ends.append(file.tell())
-        if len(ends) == 4:
-            names = dict.fromkeys(name for _, name, _ in ops if isinstance(name, str) and name.isdigit())
-    tensors = content[ends[2] : ends[3]]
-    keys = pickle.loads(content[ends[3] : ends[4]])
-    blocks = {}
-    for key in keys:
-        count = file.read(8)
-        blocks[key] = count + file.read(4 * int.from_bytes(count, "little"))
-    fixed = {key: f"{number:08}" for number, key in enumerate(names)}
-    for key, name in fixed.items():
-        tensors = tensors.replace(text(key), text(name))
-    listed = pickle.dumps(list(fixed.values()), protocol=2)
-    return content[: ends[2]] + tensors + listed + b"".join(blocks[key] for key in fixed)
+def save_old(tensors: Tensors, path: Path) -> None:
+    """Write torch's old format with storages named by number instead of address, so that a mutant can be repeated."""
+    empty = sorted((torch.empty(0) for _ in tensors), key=lambda tensor: str(tensor.untyped_storage()._cdata))
+    copies = {
+        key: each.resize_(value.shape).copy_(value) for (key, value), each in zip(tensors.items(), empty, strict=True)
+    }
+    torch.save(copies, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for number, tensor in enumerate(empty):
+        address = str(tensor.untyped_storage()._cdata)
+        content = content.replace(address.encode(), str(number).zfill(len(address)).encode())
+    path.write_bytes(content)
 
 
-def describe() -> dict:
-    """What weight_selection.py writes beside the weights of this pair."""
-    return weight_selection.select_weights(*PAIR, plan_only=True)[1]
+def save_index(tensors: Tensors, path: Path) -> None:
+    names = list(tensors)
+    parts = {f"model-{part + 1:05}-of-00002.safetensors": names[part::2] for part in range(2)}
+    for name, keys in parts.items():
+        safetensors.torch.save_file({key: tensors[key] for key in keys}, path.with_name(name))
+    files = {key: name for name, keys in parts.items() for key in keys}
+    path.write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def training_state(tensors: dict[str, torch.Tensor]) -> dict:
-    """A training state of the kind that main.py saves, of a model that has done one step of AdamW."""
+def training_state(tensors: Tensors) -> dict:
+    """A training state as main.py saves it, after one step of AdamW."""
     model = models.create(NAME, STUDENT)
     model.load_state_dict(tensors)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999))
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    return {"epoch": 3, "step": 40, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {},
-        "metrics": {"train_loss": 2.5, "test_acc1": 41.0}, "best": {"test_acc1": 41.0}, "processes": 1,
-        "sums": {"loss": 7.5, "seconds": 3.0}, "skips_in_a_row": 0, "bad_images": [3, 17], "update_freq": 1,
-        "options": {"model": NAME, "lr": 1e-3, "aa": None}, "precision": "float32", "data": {"classes": ["a", "b"]}}  # fmt: skip
+    return {
+        **{name: kind() for name, kind in checkpoint.STATE.items()},
+        **checkpoint.NEWER,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "metrics": {"train_loss": 2.5},
+        "bad_images": [3, 17],
+        "options": {"model": NAME, "lr": 1e-3, "aa": None},
+    }
+
+
+def make_samples(folder: Path) -> dict[str, Sample]:
+    """An intact file of each kind; `folder` is for the writers, and empty again afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (values(model, generator) for model in MODELS)
+    _, description = weight_selection.initialize(
+        NAME, NAME, teacher_kwargs=TEACHER, student_kwargs=STUDENT, plan_only=True
+    )
+    state = training_state(student)
+    nested = {"state_dict": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
+
+    def written(name: str, write: Callable[[Path], object]) -> dict[str, bytes]:
+        """The files that `write` makes, the named one first."""
+        write(folder / name)
+        found = {path.name: path.read_bytes() for path in sorted(folder.iterdir(), key=lambda path: path.name != name)}
+        for made in found:
+            (folder / made).unlink()
+        return found
+
+    def initialization(name: str) -> Sample:
+        files = written(name, lambda path: write_initialization(path, student, description))
+        return Sample(files, [INITIALIZE], lambda path: student)
+
+    pth = written("w.pth", lambda path: torch.save(teacher, path))
+    nested_bin = written("w.bin", lambda path: torch.save(nested, path))
+    saved = written("checkpoint-3.pth", lambda path: checkpoint.save_checkpoint(path, state))
+    whole = flat({"format": checkpoint.CHECKPOINT_FORMAT, **state})
+    plain = written("w.safetensors", lambda path: safetensors.torch.save_file(teacher, path))
+    npz = written("vit.npz", lambda path: np.savez(path, **arrays()))
+    mutations.write(npz, folder)
+    intact_arrays = load_arrays(folder / "vit.npz")
+    (folder / "vit.npz").unlink()
+    index = written("model.safetensors.index.json", lambda path: save_index(teacher, path))
+    return {
+        "initialization .pth": initialization("vit.pth"),
+        "initialization .safetensors": initialization("vit.safetensors"),
+        "checkpoint": Sample(saved, [Reader("read_checkpoint", by_read_checkpoint)], load_state, whole),
+        ".pth": Sample(pth, FOREIGN, torch_load, teacher),
+        ".bin, nested": Sample(nested_bin, FOREIGN[1:], torch_load, teacher),
+        ".pth, old": Sample(written("o.pth", lambda path: save_old(teacher, path)), FOREIGN, torch_load),
+        ".safetensors": Sample(plain, FOREIGN, safetensors.torch.load_file),
+        ".npz": Sample(npz, [SELECT], load_arrays, intact_arrays),
+        "index": Sample(index, [OPEN, SELECT], load_index),
+    }

@@ -95,7 +95,7 @@ def test_file_under_other_names_shows_one_of_them(weights, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_are_not_floating_point_are_refused(dtype, weights, tmp_path):
     weights["norm.weight"] = weights["norm.weight"].to(dtype)
-    with pytest.raises(UserError, match=rf"norm\.weight is of {str(dtype)[6:]}, not of floating point"):
+    with pytest.raises(UserError, match=rf"norm\.weight has dtype {str(dtype)[6:]}, expected floating point"):
         cut(tmp_path, weights)
 
 

@@ -1,4 +1,4 @@
-"""What a zip archive and a pickle say of themselves, looked at before either is read: neither may hold more than it weighs."""
+"""Check zip and pickle headers before loading; refuse files that claim to expand far beyond their size."""
 
 import collections
 import itertools
@@ -15,44 +15,64 @@ import numpy as np
 import torch
 
 DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
+END_BYTES = 98  # of an archive of torch.save: the zip64 record of its directory, the record's locator, the end record
 UNPACKED = 20  # times its own size may a file hold; trained weights hardly compress
-OBJECTS = 3 * 10**6  # in a pickle, those that are there several times counted as often
+OBJECTS = 3 * 10**6  # in a pickle; an object that appears several times counts each time
 DEPTH = 100  # of objects in objects
 CONTAINERS = (Mapping, list, tuple)
-# what torch.save writes for tensors and for plain values; torch.load would call a few more, that make tensors of any size
+# What torch.save writes for tensors and plain values. torch.load would call a few more that make tensors of any size.
 PLAIN = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? (?!Q)\w+Storage|"
     r"torch Size|torch (?!q)[a-z]\w*|(builtins|__builtin__) (set|complex)"
 )
-GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what is below on the stack
+GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # opcodes that add to an object below them
 PUT, GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
-# a list of texts and nothing else, as the last pickle of torch's old format is
-TEXTS = re.compile(
+# the opcodes of a list of strings, which is the last pickle of torch's old format
+STRINGS = re.compile(
     r"(PROTO )?EMPTY_LIST (\w*PUT )?(MARK (\w+(UNICODE|STRING) (\w*PUT )?)+APPENDS |\w+(UNICODE|STRING) (\w*PUT )?APPEND )*STOP"
 )
 ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """ValueError for an archive of `size` bytes that two readers could read differently, or that is much larger inside."""
+    """ValueError for an archive of `size` bytes that another reader may read differently, or that unpacks to far more."""
+    _check_directory(archive, size)
     infos = archive.infolist()
     for info in infos:
         if info.external_attr & DOS_FOLDER and not info.is_dir():
-            # torch would take what is in memory for its bytes
+            # torch would return uninitialized memory for it
             raise ValueError(f"its part {info.filename} is marked as a folder")
     name, count = collections.Counter(info.filename.lower() for info in infos).most_common(1)[0] if infos else ("", 0)
     if count > 1:
         raise ValueError(f"its part {name} is there {count} times")
-    inside = sum(info.file_size for info in infos)
-    if inside > UNPACKED * size:
-        raise ValueError(f"it would unpack to {inside / size:.0f} times its size")
+    unpacked = sum(info.file_size for info in infos)
+    if unpacked > UNPACKED * size:
+        raise ValueError(f"it would unpack to {unpacked / size:.0f} times its size")
 
 
-def check_pickle(file: BinaryIO) -> list:
-    """Read one pickle's opcodes, without doing what they say; returns the ids of the storages that it asks for.
+def _check_directory(archive: zipfile.ZipFile, size: int) -> None:
+    """ValueError unless the directory lies where the archive's last bytes say.
 
-    Raises UnpicklingError for one that names anything but what tensors are put together with, and for objects that hold
-    themselves, are nested deeply or hold many more than there are opcodes: who hashes or prints such a one has no end.
+    zipfile looks for it right before the end record, torch at the stated offset. A file with two directories could
+    show harmless parts to our checks and others to torch.
+    """
+    archive.fp.seek(max(0, size - END_BYTES))
+    ending = archive.fp.read().rjust(END_BYTES)
+    record, locator, end = ending[:56], ending[56:76], ending[76:]
+    offset = end[16:20]
+    if locator.startswith(b"PK\6\7"):
+        offset = record[48:]
+        if not record.startswith(b"PK\6\6") or int.from_bytes(locator[8:16], "little") != size - END_BYTES:
+            offset = b""
+    if not end.startswith(b"PK\5\6") or int.from_bytes(offset, "little") != archive.start_dir:
+        raise ValueError("its directory is not where its last bytes say")
+
+
+def check_pickle(file: BinaryIO) -> list[list]:
+    """Read one pickle's opcodes without executing them; return the ids of the storages that it asks for.
+
+    Raises UnpicklingError if it names anything that a plain tensor does not need, or if objects contain themselves, are
+    nested deeply, or hold far more objects than there are opcodes: hashing or printing such an object never ends.
     """
     stack, marks, memo, asked = [], [], {}, []
     total = _Object(None)
@@ -69,29 +89,37 @@ def check_pickle(file: BinaryIO) -> list:
             elif op.name == "MARK":
                 marks.append(len(stack))
             else:
-                place = len(stack) - len(op.stack_before)
+                bottom = len(stack) - len(op.stack_before)
                 if pickletools.markobject in op.stack_before:
-                    place = marks.pop() - op.stack_before.index(pickletools.markobject)
-                parts = stack[place:]
-                del stack[place:]
+                    bottom = marks.pop() - op.stack_before.index(pickletools.markobject)
+                parts = stack[bottom:]
+                del stack[bottom:]
                 if op.name == "BINPERSID":
                     asked.append([part.value for part in parts[0].value])
                 if op.stack_after:
-                    made = parts.pop(0) if op.name in GROWING else _Object(parts if "TUPLE" in op.name else argument)
-                    if made.is_shared and op.name in GROWING:  # what holds it has been counted
-                        raise pickle.UnpicklingError("an object grows where it is")
-                    made.take(parts)
-                    stack.append(made)
+                    stack.append(_result(op.name, argument, parts))
             if total.count > OBJECTS or (stack and (stack[-1].count > OBJECTS or stack[-1].depth > DEPTH)):
                 raise pickle.UnpicklingError("objects without end")
     except (ValueError, LookupError, OverflowError, TypeError, AttributeError) as error:
-        # pickletools says so of what is no pickle; the others come of opcodes that have nothing to work on
+        # ValueError comes from pickletools if this is no pickle, the others from opcodes that find nothing to work on
         raise pickle.UnpicklingError(str(error)) from error
     return asked
 
 
+def _result(name: str, argument: object, parts: list["_Object"]) -> "_Object":
+    """The object that an opcode leaves on the stack after taking `parts` from it."""
+    if name in GROWING:
+        result, *parts = parts
+        if result.is_shared:  # its size has been counted in what holds it
+            raise pickle.UnpicklingError("an object grows after it was shared")
+    else:
+        result = _Object(parts if "TUPLE" in name else argument)
+    result.take(parts)
+    return result
+
+
 class _Object:
-    """One on a pickle's stack: how many objects are in it, how deep, and its parts if it is a tuple, else its argument."""
+    """An object on a pickle's stack: how many objects it holds, how deep, and a tuple's parts or the opcode's argument."""
 
     def __init__(self, value: object):
         self.value, self.count, self.depth, self.is_shared = value, 1, 1, False
@@ -102,9 +130,9 @@ class _Object:
 
 
 def check_old_format(file: BinaryIO, size: int) -> int:
-    """Check the pickles before the values in a file of `size` bytes of torch's old format; returns how many storages it has.
+    """Check the pickles of a file of `size` bytes in torch's old format; return how many storages it has values for.
 
-    Raises UnpicklingError, and ValueError for a storage that is larger than the file, which torch would make first.
+    Raises UnpicklingError, and ValueError for a storage larger than the file: torch would allocate it before reading.
     """
     for pid in [pid for _ in range(4) for pid in check_pickle(file)]:
         if not (len(pid) == 6 and isinstance(pid[4], int) and pid[4] <= size):
@@ -113,13 +141,13 @@ def check_old_format(file: BinaryIO, size: int) -> int:
         ops = list(pickletools.genops(file))
     except ValueError as error:
         raise pickle.UnpicklingError(str(error)) from error
-    if not TEXTS.fullmatch(" ".join(op.name for op, _, _ in ops)):
-        raise pickle.UnpicklingError("no list of keys")
+    if not STRINGS.fullmatch(" ".join(op.name for op, _, _ in ops)):
+        raise pickle.UnpicklingError("not a list of keys")
     return len({argument for _, argument, _ in ops if isinstance(argument, str | bytes)})
 
 
 def check_arrays(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a `.npz`'s arrays, whose values are not read; ValueError where one's header tells other than is there."""
+    """The shapes in a `.npz`, without reading values; ValueError if a header declares another size than is there."""
     shapes = {}
     with zipfile.ZipFile(path) as archive:
         check_archive(archive, Path(path).stat().st_size)
@@ -130,21 +158,21 @@ def check_arrays(path: str | Path) -> dict[str, tuple[int, ...]]:
                     raise ValueError(f"{info.filename} is of the format {version}, which is not known")
                 try:
                     shape, _, dtype = ARRAY_HEADERS[version](file)
-                except (MemoryError, RecursionError) as error:  # of Python's parser, which reads it
+                except (MemoryError, RecursionError) as error:  # from Python's parser, which numpy uses
                     raise ValueError(f"the header of {info.filename} is nested without end") from error
-                told = math.prod(shape) * dtype.itemsize
-                if file.tell() + told != info.file_size:
-                    raise ValueError(f"{info.filename} has {info.file_size - file.tell()} bytes for {told}")
+                declared = math.prod(shape) * dtype.itemsize
+                if file.tell() + declared != info.file_size:
+                    raise ValueError(f"{info.filename} has {info.file_size - file.tell()} bytes for {declared}")
                 shapes[info.filename.removesuffix(".npy")] = shape
     return shapes
 
 
 def check_content(content: object, size: int) -> None:
-    """ValueError where the tensors read from `size` bytes have many times as many: strides of 0 make much of little."""
-    level, inside = [content], 0
+    """ValueError if tensors read from `size` bytes have far more bytes: a stride of 0 repeats one value."""
+    level, total = [content], 0
     while level:
-        inside += sum(value.nbytes for value in level if isinstance(value, torch.Tensor))
+        total += sum(value.nbytes for value in level if isinstance(value, torch.Tensor))
         inner = [each.values() if isinstance(each, Mapping) else each for each in level if isinstance(each, CONTAINERS)]
         level = list(itertools.chain.from_iterable(inner))
-    if inside > UNPACKED * size:
-        raise ValueError(f"its tensors have {inside / size:.0f} times as many bytes as the file")
+    if total > UNPACKED * size:
+        raise ValueError(f"its tensors have {total / size:.0f} times as many bytes as the file")

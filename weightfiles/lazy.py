@@ -1,15 +1,10 @@
-"""A teacher's tensors, each read when it is asked for: time and private memory grow with what is taken, not with the file."""
+"""A teacher's tensors, each read on request: time and private memory grow with what is taken, not with the file."""
 
 import json
-import mmap
 import os
-import re
-import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import safetensors
 import torch
@@ -29,19 +24,17 @@ from weightfiles.read import (
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAPPED_BYTES = 2**26  # of values, after which a file's pages are given back
-CRC_BYTES = 2**18  # read at once for a checksum: small enough to stay in the processor's cache
+CHECKSUM_CHUNK = 2**18  # bytes: small enough to stay in the processor's cache
 
 
 class Weights(Mapping[str, Tensor]):
-    """A teacher's tensors on the CPU, each read when it is asked for.
+    """A teacher's tensors on the CPU, each read on request.
 
-    What `weights[key]` gives may be a view of mapped memory: it is never to be written to. Each asking reads anew, and
-    a mapping's pages are given back when the tensor is dropped. Raises UserError with the file and the key for a
-    tensor that is damaged, where the format tells.
+    `weights[key]` may be a view of a mapped file: never write to it. It raises UserError with the file and the key if
+    the tensor is damaged and the format has a checksum that tells.
 
-    `shapes`: of all tensors, known without reading a value.
-    `whole`: "" or why the file had to be read whole.
+    `shapes`: the shapes of all tensors, known without reading a value.
+    `whole`: "", or why the whole file had to be read.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], whole: str = "") -> None:
@@ -51,14 +44,14 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def in_memory(cls, tensors: Mapping[str, Tensor], whole: str) -> "Weights":
-        """Tensors that have been read already, and why."""
+        """Wrap tensors that are in memory already; `whole` says why."""
         return cls(shapes_of(tensors), tensors.__getitem__, whole)
 
     def __getitem__(self, key: str) -> Tensor:
         return self._read(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.shapes  # Mapping's own asks for the tensor
+        return key in self.shapes  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -68,37 +61,33 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -> Weights:
-    """The tensors of a `.safetensors` file, of the files behind a `.safetensors.index.json`, or of what `torch.save` wrote.
+    """Open a `.safetensors` file, the files behind a `.safetensors.index.json`, or anything `torch.save` wrote.
 
-    `model_key` is as in `weights.read_weights`, and so is what ends in a UserError. The values in a `.safetensors`
-    file have no checksums; those in an archive of `torch.save` are compared with theirs when they are asked for.
+    `model_key` and the errors are those of `read.read_weights`. Tensors in an archive of `torch.save` are compared with
+    their checksum when they are read; `.safetensors` files and torch's old format have no checksums.
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
-        return _open_safetensors(path, read_index(path), model_key)
+        return _renamed(path, _open_index(path), model_key)
     check_file(path)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, dict.fromkeys(_header(path), path), model_key)
-    whole = "a file of torch's old format is read whole"
+        weights = _open_safetensors(path)
+        return _renamed(path, dict.fromkeys(weights, weights), model_key)
     with reading(path):
         zipped = is_archive(path)
-    if zipped:
-        weights = _open_archive(path, model_key)
-        if weights is not None:
-            return weights
-        whole = "an archive that is not laid out as torch.save does is read whole"
-    tensors = read_weights(path, model_key)
-    return Weights.in_memory(tensors, whole)
+    if not zipped:
+        return Weights.in_memory(read_weights(path, model_key), "a file of torch's old format is read whole")
+    weights = _open_archive(path, model_key)
+    if weights is None:
+        weights = Weights.in_memory(read_weights(path, model_key), "a compressed archive is read whole")
+    return weights
 
 
 # ---- safetensors ----
 
 
 def read_index(path: Path) -> dict[str, Path]:
-    """The file that holds each tensor, by its key, from the `.safetensors.index.json` beside these files.
-
-    Raises UserError for what is no such index and for a file anywhere else.
-    """
+    """Map each tensor's key to its file, as a `.safetensors.index.json` tells; all files must lie in its folder."""
     check_file(path)
     try:
         content = json.loads(path.read_bytes())
@@ -106,70 +95,52 @@ def read_index(path: Path) -> dict[str, Path]:
         raise UserError(f"{path} cannot be read as an index of weights: {first_line(error)}") from error
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not (isinstance(files, dict) and files):
-        raise UserError(f"{path} is no index of weights: it has no weight_map from keys to files")
+        raise UserError(f"{path} is not an index of weights: it has no weight_map from keys to files")
     for key, name in files.items():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise UserError(f"{path}: {key} is in {name!r}, which is not the name of a file in the same folder")
     return {key: path.parent / name for key, name in files.items()}
 
 
-def _open_safetensors(path: Path, files: dict[str, Path], model_key: str) -> Weights:
-    """The tensors of `files`, by the keys they have there; `path` is what the user named."""
-    for key, file in files.items():
-        if not os.path.isfile(file):  # Path's own raises for a name that is too long
-            raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
-    headers = {file: _header(file) for file in dict.fromkeys(files.values())}
-    for key, file in files.items():
-        if key not in headers[file]:
-            raise UserError(f"{path}: {key} is in {file.name}, which has no such tensor")
-    names = unwrap(path, {key: key for key in files}, model_key)
-    shapes = {key: headers[files[name]][name] for key, name in names.items()}
-    mapped = {file: _Mapped(file) for file in headers}
-    return Weights(shapes, lambda key: mapped[files[names[key]]].read(names[key], shapes[key]))
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in one `.safetensors` file, in the order of their values."""
+def _open_safetensors(path: Path) -> Weights:
+    """One file's tensors, in the order of their values. They are views of one mapping: only pages looked at are read."""
     check_file(path)
-    with reading(path), safetensors.safe_open(path, framework="pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+    with reading(path):
+        file = safetensors.safe_open(path, framework="pt")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+
+    def read(key: str) -> Tensor:
+        with reading(path, key):
+            return file.get_tensor(key)
+
+    return Weights(shapes, read)
 
 
-class _Mapped:
-    """One `.safetensors` file whose tensors are views of a mapping: no value is copied, only pages looked at are read.
+def _open_index(path: Path) -> dict[str, Weights]:
+    """The file that holds each tensor, opened, by the tensor's key."""
+    files = read_index(path)
+    for key, file in files.items():
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+            raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
+    opened = {file: _open_safetensors(file) for file in dict.fromkeys(files.values())}
+    for key, file in files.items():
+        if key not in opened[file]:
+            raise UserError(f"{path}: {key} is in {file.name}, which has no such tensor")
+    return {key: opened[file] for key, file in files.items()}
 
-    All tensors of one opening share one mapping, whose pages count as ours while any of them lives: a file is opened
-    anew, which takes 0.3 ms, after MAPPED_BYTES. (The backend "pread" would copy each tensor whole, to private memory.)
-    """
 
-    def __init__(self, path: Path):
-        self.path, self.file, self.asked = path, None, 0
-
-    def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        with reading(self.path, key):
-            if self.file is None or self.asked > MAPPED_BYTES:
-                self.file, self.asked = safetensors.safe_open(self.path, framework="pt"), 0
-            tensor = self.file.get_tensor(key)
-        self.asked += tensor.nbytes
-        if tensor.shape != shape:
-            was = f"{list(tensor.shape)} and was {list(shape)} when the file was opened first"
-            raise UserError(f"{self.path}: {key} is {was}")
-        return tensor
+def _renamed(path: Path, holders: dict[str, Weights], model_key: str) -> Weights:
+    """The tensors by their keys without a common prefix; `holders` has, by the key in the file, who can read it."""
+    names = unwrap(path, {key: key for key in holders}, model_key)
+    shapes = {key: holders[name].shapes[name] for key, name in names.items()}
+    return Weights(shapes, lambda key: holders[names[key]][names[key]])
 
 
 # ---- archives of torch.save ----
 
 
-class _Entry(NamedTuple):
-    """Where a zip archive holds the values of one storage, and their checksum."""
-
-    start: int
-    size: int
-    crc: int
-
-
 def _open_archive(path: Path, model_key: str) -> Weights | None:
-    """The tensors of an archive that torch.save wrote, or None if it cannot be told where in the file each one lies."""
+    """The tensors of an archive that torch.save wrote, or None if its parts are compressed and cannot be mapped."""
     storages = []
 
     def noted(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
@@ -177,98 +148,52 @@ def _open_archive(path: Path, model_key: str) -> Weights | None:
         return storage
 
     with reading(path):
-        entries = _data_entries(path)
-        if entries is None:
+        archive, asked = open_archive(path)
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             return None
+        for info in archive.infolist():
+            if "/data/" not in info.filename:
+                archive.read(info)  # zipfile compares it with its checksum
         content = unpickle(path, map_location=noted, mmap=True)
+        parts = _parts(archive, asked, storages)
     tensors = unwrap(path, content, model_key)
     check_plain(path, tensors)
-    places = _match(storages, entries)
-    if places is None or not all(_is_placed(tensor, places) for tensor in tensors.values()):
-        return None
-    return Weights(shapes_of(tensors), lambda key: _read_entry(path, key, tensors[key], places))
 
-
-def _data_entries(path: Path) -> list[_Entry] | None:
-    """Where an archive's storages lie, in the file's order; None if their bytes are not as they are in memory.
-
-    The other entries, the pickle above all, are compared with their checksums here; zipfile raises for a damaged one.
-    """
-    with open_archive(path) as archive, open(path, "rb", buffering=0) as file:
-        infos = archive.infolist()
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
-            return None
-        entries, others = [], {}
-        for info in infos:
-            if not re.fullmatch(r"[^/]+/data/[^/]+", info.filename):
-                others[info.filename.partition("/")[2]] = archive.read(info)
-            elif info.file_size:
-                archive.open(info).close()  # zipfile compares what stands ahead of the bytes with its directory
-                entries.append(_Entry(_start(file, info), info.file_size, info.CRC))
-    same_order = others.get("byteorder", b"little") == sys.byteorder.encode()
-    return sorted(entries) if same_order else None
-
-
-def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind a header of 30 bytes, its name, and the padding that aligns them."""
-    file.seek(info.header_offset + 26)
-    lengths = file.read(4)
-    return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-
-
-def _match(storages: list[torch.UntypedStorage], entries: list[_Entry]) -> dict[int, _Entry] | None:
-    """The entry of each mapped storage, by the storage's address; None unless each entry has one, at its place.
-
-    The storages are slices of one mapping of the file, so both lie in one order and at the same distances.
-    """
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-    addresses = sorted(sizes)
-    if [sizes[address] for address in addresses] != [entry.size for entry in entries]:
-        return None
-    if len({address - entry.start for address, entry in zip(addresses, entries, strict=True)}) > 1:
-        return None
-    return dict(zip(addresses, entries, strict=True))
-
-
-def _is_placed(tensor: Tensor, places: Mapping[int, _Entry]) -> bool:
-    """Whether the tensor can be made from the bytes of its entry alone."""
-    storage = tensor.untyped_storage()
-    return (storage.nbytes() == 0 or storage.data_ptr() in places) and not (tensor.is_conj() or tensor.is_neg())
-
-
-def _read_entry(path: Path, key: str, tensor: Tensor, places: Mapping[int, _Entry]) -> Tensor:
-    """A tensor like the given one of torch's mapping, its bytes compared with their checksum, in a mapping of its own.
-
-    torch's mapping lives as long as any of its tensors does, and would count every page that was looked at.
-    """
-    if tensor.untyped_storage().nbytes() == 0:
+    def read(key: str) -> Tensor:
+        tensor = tensors[key]
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            with reading(path, key):
+                _check_part(archive, parts[storage.data_ptr()])
         return tensor.detach()
-    entry = places[tensor.untyped_storage().data_ptr()]
-    with reading(path, key), open(path, "rb", buffering=0) as file:
-        if _crc32(file, entry) != entry.crc:
-            raise UserError(f"{path} cannot be read as weights: {key} does not match its checksum")
-        storage = _map(file, entry).untyped_storage()
-        flat = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        return flat.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return Weights(shapes_of(tensors), read)
 
 
-def _crc32(file: BinaryIO, entry: _Entry) -> int:
-    """The checksum of an entry's bytes; read, which takes a third of the time that faulting mapped pages in does."""
-    buffer = memoryview(bytearray(min(CRC_BYTES, entry.size)))
-    file.seek(entry.start)
-    crc, left = 0, entry.size
-    while left > 0:
-        count = file.readinto(buffer[:left])
-        if not count:
-            raise EOFError("the file ends before it")
-        crc = zlib.crc32(buffer[:count], crc)
-        left -= count
-    return crc
+def _parts(
+    archive: zipfile.ZipFile, asked: list[list], storages: list[torch.UntypedStorage]
+) -> dict[int, zipfile.ZipInfo]:
+    """The archive's part behind each mapped storage that is not empty, by the storage's address.
+
+    torch.load makes the storages in the order in which the pickle first asks for their keys. A mapped one is as long as
+    the pickle says, whatever the archive holds there: ValueError unless the part has the same length.
+    """
+    folder = archive.namelist()[0].partition("/")[0]
+    names = list(dict.fromkeys(f"{folder}/data/{key}" for _, _, key, _, length in asked if length))
+    storages = [storage for storage in storages if storage.nbytes()]
+    infos = [archive.getinfo(name) for name in names]
+    addresses = [storage.data_ptr() for storage in storages]
+    same_sizes = [storage.nbytes() for storage in storages] == [info.file_size for info in infos]
+    if not same_sizes or len(set(addresses)) < len(addresses):
+        raise ValueError("it asks for other values than it has")
+    return dict(zip(addresses, infos, strict=True))
 
 
-def _map(file: BinaryIO, entry: _Entry) -> Tensor:
-    """An entry's bytes as mapped memory; [size] uint8."""
-    ahead = entry.start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
-    # a copy on write: torch warns of memory that it could not write to
-    mapped = mmap.mmap(file.fileno(), ahead + entry.size, access=mmap.ACCESS_COPY, offset=entry.start - ahead)
-    return torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=entry.size)
+def _check_part(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> None:
+    """ValueError if a part's bytes do not match their checksum."""
+    try:
+        with archive.open(part) as file:
+            while file.read(CHECKSUM_CHUNK):
+                pass
+    except zipfile.BadZipFile as error:
+        raise ValueError("its values do not match their checksum") from error

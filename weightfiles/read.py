@@ -122,25 +122,27 @@ def is_archive(path: Path) -> bool:
 
 
 def _test_archive(path: Path) -> None:
-    """Compare a zip archive with its own checksums: torch.load does not, and lets flipped bits through."""
-    with open_archive(path) as archive:
+    """ValueError if a zip archive does not match its own checksums: torch.load does not compare them."""
+    with open_archive(path)[0] as archive:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"its part {damaged} does not match its checksum")
 
 
-@contextlib.contextmanager
-def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An archive of torch.save whose directory and pickle have been checked; ValueError and zipfile's own otherwise."""
-    with zipfile.ZipFile(path) as archive:
-        check_archive(archive, path.stat().st_size)
-        names = archive.namelist()
-        if len({name.partition("/")[0] for name in names}) > 1:
-            raise ValueError("it holds more than one folder")
-        for name in names:
-            if name.endswith("/data.pkl"):
-                check_pickle(io.BytesIO(archive.read(name)))
-        yield archive
+def open_archive(path: Path) -> tuple[zipfile.ZipFile, list[list]]:
+    """An archive of torch.save with its directory and pickle checked, and the ids of the storages that it asks for.
+
+    Raises ValueError, UnpicklingError or zipfile's own errors. The archive stays open.
+    """
+    archive, asked = zipfile.ZipFile(path), []
+    check_archive(archive, path.stat().st_size)
+    names = archive.namelist()
+    if len({name.partition("/")[0] for name in names}) > 1:
+        raise ValueError("it holds more than one folder")
+    for name in names:
+        if name.endswith("/data.pkl"):
+            asked += check_pickle(io.BytesIO(archive.read(name)))
+    return archive, asked
 
 
 def _read_old(path: Path) -> Mapping:
@@ -191,9 +193,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def check_dtype(key: str, tensor: Tensor, source: str | Path) -> None:
-    """UserError naming a tensor that is not of floating point; counts of batches may be whole."""
+    """UserError naming a tensor that is not floating point; counts of batches may be int64."""
     if tensor.dtype not in FLOATING and not (key.endswith("num_batches_tracked") and tensor.dtype == torch.int64):
-        raise UserError(f"{source}: {key} is of {str(tensor.dtype).removeprefix('torch.')}, not of floating point")
+        raise UserError(f"{source}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
 
 
 # ---- initialization files ----

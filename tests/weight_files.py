@@ -1,0 +1,55 @@
+"""Weight files for tests: written in every format, damaged, packed anew."""
+
+import json
+import zipfile
+
+import safetensors.torch
+import torch
+
+TENSORS = {
+    "norm.weight": torch.arange(6.0),
+    "norm.bias": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16),
+    "head.weight": torch.arange(1000.0, 1040.0).reshape(5, 8),
+    "step": torch.tensor(7),
+    "mask": torch.tensor([True, False, True]),
+}
+
+
+def save(path, tensors=TENSORS):
+    """Write `tensors` in the way that the file's name tells."""
+    if path.name.endswith(".index.json"):
+        parts = {f"model-{i + 1:05}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+        for name, part in parts.items():
+            safetensors.torch.save_file(part, path.with_name(name))
+        files = {key: name for name, part in parts.items() for key in part}
+        path.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    elif path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        nested = {"state_dict": tensors, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
+        content = nested if path.stem == "nested" else tensors
+        torch.save(content, path, _use_new_zipfile_serialization=path.stem != "old")
+    return path
+
+
+def flip(path, tensor):
+    """Change one bit of a tensor's values in its file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+
+
+def repack(path, compression=zipfile.ZIP_STORED, change=lambda name, content: content, more=()):
+    """Write an archive's entries anew by another writer than torch's."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in [*entries, *more]:
+            archive.writestr(name, change(name, content))
+
+
+def assert_equal(weights, tensors):
+    assert weights.keys() == tensors.keys()
+    assert weights.shapes == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        assert weights[key].dtype == tensor.dtype and torch.equal(weights[key], tensor), key
