@@ -1,4 +1,4 @@
-"""The files of the weights that timm knows by name: in the caches of the hub and of torch, or downloaded."""
+"""Find the files of weights that timm knows by name, in the caches of the hub and of torch, or download them."""
 
 import hashlib
 import http.client
@@ -15,7 +15,7 @@ from torch import nn
 from utils import UserError, first_line
 from weightfiles.lazy import INDEX_SUFFIX, read_index
 
-# the files of the hub that are looked for first, where they are not named as the .bin is
+# safetensors files that the hub names differently from the .bin file
 SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
@@ -23,11 +23,11 @@ SAFE_NAMES = {
 
 
 def pretrained_file(model: nn.Module, name: str) -> Path:
-    """The local file of the pretrained weights of timm's `model`, downloaded unless it is in the hub's or torch's cache.
+    """The local file of the pretrained weights of timm's `model`, downloaded unless the hub's or torch's cache has it.
 
-    The places are tried in timm's order (timm/models/_builder.py, _resolve_pretrained_source, at 1.0.31): its file, the
-    hub, its address. What a repository holds in several `.safetensors` files is named by its index. Raises UserError
-    that begins with --pretrained_model `name` where there are no weights or they cannot be had.
+    Sources are tried in timm's order (timm/models/_builder.py, _resolve_pretrained_source, at 1.0.31): file, hub, URL.
+    If a repository splits its weights over several `.safetensors` files, this is their index. Raises UserError, beginning
+    with --pretrained_model `name`, if there are no weights or they cannot be downloaded.
     """
     config = model.pretrained_cfg
     try:
@@ -38,7 +38,7 @@ def pretrained_file(model: nn.Module, name: str) -> Path:
         if config.get("url"):
             return _from_address(config["url"])
         raise LookupError("timm knows no weights of it")
-    except Exception as error:  # the hub's client lets those of the HTTP library that it happens to use through
+    except Exception as error:  # the hub's client passes on errors of whatever HTTP library it uses
         raise UserError(
             f"--pretrained_model {name} cannot be loaded: {first_line(error)}; "
             "give --pretrained_path FILE, or a name that has weights"
@@ -46,10 +46,10 @@ def pretrained_file(model: nn.Module, name: str) -> Path:
 
 
 def _from_hub(repository: str, filename: str) -> Path:
-    """The first that `repository`, or `repository@revision`, has of the files that stand for `filename`."""
+    """Fetch the first file that `repository`, or `repository@revision`, has under the names that stand for `filename`."""
     repository, _, revision = repository.partition("@")
     get = partial(hf_hub_download, repository, revision=revision or None)
-    # timm looks in this order (load_state_dict_from_hf); it does not know of indices
+    # timm's order (load_state_dict_from_hf), followed by the index, which timm does not look for
     safe = SAFE_NAMES.get(filename, re.sub(r"\.bin$", ".safetensors", filename))
     candidates = list(dict.fromkeys([safe, filename]))
     if safe.endswith(".safetensors"):
@@ -60,10 +60,10 @@ def _from_hub(repository: str, filename: str) -> Path:
             path = Path(get(candidate))
             break
         except LocalEntryNotFoundError as error:
-            # without network each look-up tries for half a minute: the rest are looked for in the cache alone
+            # without network each request waits half a minute: look for the rest in the cache only
             get, unreachable = partial(get, local_files_only=True), unreachable or error
         except EntryNotFoundError:
-            pass  # said below where the others are missing too
+            pass  # reported below if all are missing
     else:
         raise unreachable or LookupError(f"{repository} has none of the files {', '.join(candidates)}")
     if path.name.endswith(INDEX_SUFFIX):
@@ -73,9 +73,9 @@ def _from_hub(repository: str, filename: str) -> Path:
 
 
 def _from_address(address: str) -> Path:
-    """The copy in torch's cache of the file at an address, where `torch.hub.load_state_dict_from_url` has it too.
+    """The copy of a URL's file in torch's cache, where `torch.hub.load_state_dict_from_url` keeps it too.
 
-    It is downloaded by https alone, and if its name ends in the beginning of its sha256, as torch's convention is.
+    Downloads only over https, and only if the file's name ends in the beginning of its sha256, by torch's convention.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlparse(address).path).name
     if not path.is_file():
@@ -88,7 +88,7 @@ def _from_address(address: str) -> Path:
 
 
 def fetch(url: str) -> Path:
-    """The local copy of `https://…#sha256=<hex>`, downloaded into torch's cache unless it is there; checked either way."""
+    """The local copy of `https://…#sha256=<hex>`, downloaded unless torch's cache has it; its sha256 is always checked."""
     address, _, sha256 = url.partition("#sha256=")
     path = (
         Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256.lower()}{Path(urlparse(address).path).suffix or '.pth'}"

@@ -1,4 +1,4 @@
-"""Initialization files: what weight_selection.py writes and --initialize reads, with the .json beside them."""
+"""Initialization files: weight_selection.py writes them, with a .json beside them, and --initialize reads them."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ INITIALIZATION_FORMAT = "weight-selection initialization 1"
 
 
 def check_replaceable(path: Path) -> None:
-    """UserError unless an initialization file can be written to `path` without loss: what is there is one of ours."""
+    """Raise UserError if writing an initialization file to `path` would destroy anything but an initialization file."""
     neighbours = [path, *(path.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES if suffix != path.suffix)]
     found = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
     if found and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
@@ -28,9 +28,9 @@ def check_replaceable(path: Path) -> None:
 
 
 def write_initialization(path: Path, tensors: Mapping[str, Tensor], description: dict) -> str:
-    """Write the weights to `path` and `description` to the `.json` beside it; returns the weights' sha256.
+    """Write the weights to `path` and `description` to the `.json` beside it; return the weights' sha256.
 
-    Where one cannot be written both stay as they were. A crash between the two renamings leaves a pair that is refused,
+    If one cannot be written, both stay as they were. A crash between the two renames leaves a pair that readers refuse
     and that a second call may replace.
     """
     if path.suffix == ".safetensors":
@@ -46,10 +46,10 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
 
 
 def read_description(path: Path) -> dict | None:
-    """What the `.json` beside an initialization file says, or None if there is none of ours."""
+    """Read the `.json` beside an initialization file; None if weight_selection.py did not write one."""
     file = path.with_suffix(".json")
     try:
-        content = json.loads(file.read_text()) if file.is_file() else None  # a pipe would never end
+        content = json.loads(file.read_text()) if file.is_file() else None  # reading a pipe would never end
     except (OSError, ValueError, RecursionError):
         return None
     if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
@@ -58,9 +58,9 @@ def read_description(path: Path) -> dict | None:
 
 
 def find_initialization(location: str, family: str | None) -> Path:
-    """The file that `--initialize` means: itself, or the one in a folder that was made for `family`."""
+    """The file that `--initialize` names, or the one in the named folder that was made for `family`."""
     path = Path(location)
-    if not os.path.isdir(path):  # Path's own raises for a name that is too long
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
@@ -76,9 +76,9 @@ def find_initialization(location: str, family: str | None) -> Path:
 def read_initialization(
     location: str, family: str | None, *, model_key: str = "model|module", prefix: str = ""
 ) -> tuple[dict[str, Tensor], dict]:
-    """The weights that `--initialize` names and what is known of them: path, sha256, and their `.json`'s student, teacher.
+    """Read the weights that `--initialize` names, and their origin: path, sha256, and student, teacher… from the `.json`.
 
-    Raises UserError for a file that differs from its own description, or holds values that are not finite.
+    Raises UserError if the file does not match its `.json` or holds values that are not finite.
     """
     path = find_initialization(location, family)
     tensors = read_weights(path, model_key, prefix)
@@ -98,7 +98,7 @@ def read_initialization(
 
 
 def _is_plain(value: object, depth: int = 8) -> bool:
-    """Whether a value of JSON can go into a checkpoint: not nested deeply, no number beyond 64 bits."""
+    """Whether a JSON value can go into a checkpoint: not deeply nested, no number beyond 64 bits."""
     if isinstance(value, dict | list):
         inner = value.values() if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)

@@ -1,4 +1,4 @@
-"""Files of weights, from anywhere, and initialization files, ours: read without running code, written whole or not at all."""
+"""Read weight files from anywhere without running code from them."""
 
 import contextlib
 import io
@@ -23,11 +23,11 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def read_weights(path: str | Path, model_key: str = "model|module|state_dict", prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by key, on the CPU.
+    """Read the tensors of a `.safetensors` file or of anything `torch.save` wrote, by key, on the CPU.
 
-    In a file that nests its weights (a training checkpoint) the first of the names in `model_key`, separated by "|",
-    is taken; one that is alone and absent is an error. `prefix` and DDP's "module." are taken off the keys.
-    Never runs code from the file. Raises UserError with the path and the reason.
+    A file may nest its weights, as a training checkpoint does: `model_key` lists the names to look for, separated by
+    "|", and the first one found counts. A single name must be there. `prefix` and DDP's "module." are removed from the
+    keys. Raises UserError with the path and the reason.
     """
     path = Path(path)
     content = unwrap(path, read_file(path), model_key, prefix)
@@ -36,7 +36,7 @@ def read_weights(path: str | Path, model_key: str = "model|module|state_dict", p
 
 
 def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> dict:
-    """The weights in what the file `path` holds, whatever stands for a tensor there: see `read_weights`."""
+    """Pick the weights from the content of the file `path`, as `read_weights` says; its values need not be tensors."""
     keys = model_key.split("|")
     found = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
     if found:
@@ -54,12 +54,12 @@ def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> di
 
 
 def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, without those whose names begin with `left_out`."""
+    """The shape of each tensor whose name does not begin with `left_out`."""
     return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith(left_out)}
 
 
 def check_plain(path: Path, content: Mapping) -> None:
-    """UserError naming the first of a file's weights that is no tensor under a name."""
+    """Raise UserError naming the first item in a file that is not a tensor with a string as its key."""
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             what = f"{_shown(key)} is a {type(value).__name__}"
@@ -67,7 +67,7 @@ def check_plain(path: Path, content: Mapping) -> None:
 
 
 def read_file(path: Path) -> Mapping:
-    """The mapping that a weight file holds; UserError for what is no such file."""
+    """Read the mapping that a weight file holds; UserError if it is not a weight file."""
     check_file(path)
     with reading(path):
         if path.suffix == ".safetensors":
@@ -79,7 +79,7 @@ def read_file(path: Path) -> Mapping:
 
 
 def check_file(path: Path) -> None:
-    """UserError unless there is a file with something in it."""
+    """Raise UserError unless `path` is a file and not empty."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
@@ -91,22 +91,24 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path, part: str = "") -> Iterator[None]:
-    """Turn what the readers of weight files raise into a UserError that names the file, and the `part` of it."""
+    """Turn any error while reading into a UserError that names the file, and the `part` of it."""
     try:
         yield
     except (MemoryError, UserError):
         raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
-    except Exception as error:  # on damaged bytes the readers raise almost anything, IndexError and AttributeError too
-        # torch's longer texts advise to load the file without care
+    except (
+        Exception
+    ) as error:  # damaged bytes make the readers raise almost anything, IndexError and AttributeError too
+        # torch's longer messages advise to load the file with weights_only=False
         reason = "it is damaged, or no such file" if "torch.load" in str(error) else first_line(error)
         raise UserError(f"{path} cannot be read as weights: {f'{part}: ' * bool(part)}{reason}") from error
 
 
 def unpickle(path: Path, **options) -> Mapping:
-    """The mapping that `torch.save` wrote, by `torch.load` with its `options` and without running code of the file."""
-    # torch's warnings guess at what is wrong with a file, which `reading` says
+    """Load the mapping that `torch.save` wrote, with `options` of `torch.load`, without running code from the file."""
+    # torch's warnings guess what is wrong with a file; `reading` reports it
     with warnings.catch_warnings(action="ignore"):
         content = torch.load(path, weights_only=True, **options)
     if not isinstance(content, Mapping):
@@ -116,7 +118,7 @@ def unpickle(path: Path, **options) -> Mapping:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether torch.load takes the file for a zip archive; what else it can be is torch's old format."""
+    """Whether torch.load takes the file for a zip archive. If not, it can only be torch's old format."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
@@ -146,7 +148,7 @@ def open_archive(path: Path) -> tuple[zipfile.ZipFile, list[list]]:
 
 
 def _read_old(path: Path) -> Mapping:
-    """What a file of torch's old format holds: pickles, and behind them the values, without checksums."""
+    """Read a file of torch's old format: pickles followed by the values, without checksums."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         count = check_old_format(mapped, len(mapped))
     storages = []
@@ -157,13 +159,13 @@ def _read_old(path: Path) -> Mapping:
 
     content = unpickle(path, map_location=noted)
     if len(storages) != count:
-        # torch would leave what was in memory in those that are not named
+        # torch would leave the others uninitialized
         raise ValueError(f"it has values for {count} of {len(storages)} storages")
     return content
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Why torch's restricted unpickler would not read a file, in one line."""
+    """Say in one line why torch's restricted unpickler refused a file."""
     forbidden = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
     if forbidden and forbidden[1].startswith("torch."):
         return f"it holds more than plain tensors ({forbidden[1]})"
@@ -175,17 +177,17 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def _some(keys: Mapping) -> str:
-    """The first few keys, for an error line."""
+    """The first few keys for an error line."""
     return ", ".join(map(_shown, list(keys)[:5])) + (", …" if len(keys) > 5 else "")
 
 
 def _shown(key: object) -> str:
-    """A key, for an error line; of what is no text its kind alone."""
+    """A key for an error line; only its type if it is not a string."""
     return key if isinstance(key, str) else f"a {type(key).__name__}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming the first tensor that does not hold finite floating point numbers; counts of batches may be whole."""
+    """Raise UserError naming the first tensor that is not floating point or holds NaN or infinity."""
     for key, tensor in tensors.items():
         check_dtype(key, tensor, source)
         if not tensor.isfinite().all():
@@ -193,9 +195,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def check_dtype(key: str, tensor: Tensor, source: str | Path) -> None:
-    """UserError naming a tensor that is not floating point; counts of batches may be int64."""
+    """Raise UserError if a tensor is not floating point; counts of batches may be int64."""
     if tensor.dtype not in FLOATING and not (key.endswith("num_batches_tracked") and tensor.dtype == torch.int64):
-        raise UserError(f"{source}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
-
-
-# ---- initialization files ----
+        raise UserError(
+            f"{source}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+        )
