@@ -225,9 +225,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
     """An intact file of each kind; `folder` is for the writers, and empty again afterwards."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = (values(model, generator) for model in MODELS)
-    _, description = weight_selection.initialize(
-        NAME, NAME, teacher_kwargs=TEACHER, student_kwargs=STUDENT, plan_only=True
-    )
+    _, description = weight_selection.select_weights(*PAIR, plan_only=True)
     state = training_state(student)
     nested = {"state_dict": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
 

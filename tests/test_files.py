@@ -73,7 +73,7 @@ def test_flipped_bit_that_makes_a_part_a_folder_is_found(tmp_path):
         read_weights(tmp_path / "w.pth")
 
 
-def test_bytes_that_make_the_reader_fail_in_its_own_ways_end_in_one_line(tmp_path):
+def test_bytes_that_make_the_reader_crash_end_in_one_line(tmp_path):
     torch.save(TENSORS, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     legacy, generator = (tmp_path / "legacy.pth").read_bytes(), random.Random(0)
     mutants = [generator.randbytes(generator.randint(1, 60)) for _ in range(150)]
@@ -242,9 +242,7 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(step, error, raised, 
 
 
 @pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, None), (errno.EIO, "may not be safe yet")])
-def test_folder_that_cannot_be_synced_is_named_unless_its_file_system_has_no_such_thing(
-    number, raised, tmp_path, monkeypatch
-):
+def test_folder_that_cannot_be_synced_is_named(number, raised, tmp_path, monkeypatch):
     real = os.fsync
 
     def fsync(descriptor):
@@ -265,7 +263,7 @@ def state_of(epoch):
     return {name: kind() for name, kind in STATE.items()} | NEWER | {"epoch": epoch, "model": TENSORS}
 
 
-def test_newest_readable_checkpoint_is_found_and_a_damaged_one_named(tmp_path, caplog):
+def test_newest_readable_checkpoint_is_found(tmp_path, caplog):
     for epoch in (8, 9, 10):
         save_numbered(tmp_path, state_of(epoch), keep=5)
     newest = tmp_path / "checkpoint-10.pth"
@@ -328,7 +326,7 @@ def test_checkpoint_that_lacks_a_part_names_it(name, value, tmp_path):
         read_checkpoint(tmp_path / "checkpoint-3.pth")
 
 
-def test_checkpoint_without_what_came_later_is_read_and_odd_figures_are_not(tmp_path):
+def test_checkpoint_without_newer_parts_is_read(tmp_path):
     state = {name: value for name, value in state_of(3).items() if name not in NEWER}
     save_checkpoint(tmp_path / "checkpoint-3.pth", state)
     assert read_checkpoint(tmp_path / "checkpoint-3.pth")["sums"] == {}

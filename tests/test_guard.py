@@ -27,9 +27,6 @@ TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
 # ---- what was found ----
 
 
-MODELS = {"teacher_kwargs": fuzz_samples.TEACHER, "student_kwargs": fuzz_samples.STUDENT}
-
-
 def with_pickle(path, code):
     """Write an archive of torch.save whose pickle is `code`, with checksums that fit."""
     torch.save(TENSORS, path)
@@ -38,8 +35,7 @@ def with_pickle(path, code):
 
 
 def select(path, **options):
-    name = fuzz_samples.NAME
-    return weight_selection.initialize(name, name, pretrained_path=str(path), **MODELS, **options)
+    return weight_selection.select_weights(*fuzz_samples.PAIR, pretrained_path=str(path), **options)
 
 
 def refused(path, message):
@@ -142,7 +138,7 @@ def test_old_file_that_leaves_storages_without_values_is_refused(listed, tmp_pat
     refused(tmp_path / "x.pth", "has values for 0 of 2 storages|not a file of weights, or damaged")
 
 
-def test_old_file_that_asks_for_more_values_than_it_has_is_refused(tmp_path):
+def test_old_file_that_asks_for_too_many_values_is_refused(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(content.replace(b"K\4Nt", b"J\xff\xff\xff\x7fNt"))
@@ -258,7 +254,7 @@ def test_head_of_other_classes_is_not_made_up(arrays):
         arrays(include_head=True, **{"head/kernel": np.ones((24, 3), np.float32), "head/bias": np.ones(3, np.float32)})
 
 
-def test_header_of_an_array_that_the_parser_cannot_take_is_refused(arrays):
+def test_array_header_that_the_parser_cannot_take_is_refused(arrays):
     header = b"-" * 9000 + b"1\n"
     with pytest.raises(UserError, match="the header of cls.npy is nested without end"):
         arrays(lambda _: b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header)

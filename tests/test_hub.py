@@ -104,7 +104,7 @@ def test_address_is_downloaded_into_torchs_cache_and_checked(tmp_path, monkeypat
         ({}, "timm knows no weights of it"),
     ],
 )
-def test_weights_that_cannot_be_had_end_in_one_line_with_the_hint(config, reason, hub, tmp_path, monkeypatch):
+def test_absent_weights_end_in_one_line_with_the_hint(config, reason, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     with pytest.raises(UserError) as caught:
         pretrained_file(known(**config), "vit_x")
