@@ -22,10 +22,11 @@ from datasets import load_data
 from engine import Precision, Trainer, evaluate, train_one_epoch
 from images.batches import make_train_loader, make_val_loader
 from images.images import Images, bad_of_all_ranks
+from images.settings import Augmentation
 from images.transforms import build_mixer
 from models.build import build_model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from options import pick, plain
+from options import plain
 from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
@@ -252,7 +253,6 @@ def make_trainer(
     if torch.distributed.is_initialized():
         devices = [precision.device.index] if precision.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    mixing_options = pick(options, "mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode smoothing seed")
     return Trainer(
         model=model,
         criterion=make_criterion(options),
@@ -262,7 +262,7 @@ def make_trainer(
         weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
         update_freq=update_freq,
         clip_grad=options.clip_grad,
-        mixer=build_mixer(num_classes=num_classes, **mixing_options),
+        mixer=build_mixer(Augmentation.from_options(options), num_classes),
         ema=ema,
         seed=options.seed,
         log_freq=options.log_freq,

@@ -1,10 +1,10 @@
-"""Images a second of training: the model alone, each way of the data alone, the whole loop by each way, and a loop with
-the habits of the paper's code. Everything in one run, in turns, so that the ratios are of one machine in one hour.
+"""Measure images per second: the model alone, each way of the data alone, training by each way, and training with the
+habits of the paper's code. All take turns in one run, so that ratios compare the same machine in the same minutes.
 
-    python bench/throughput.py [--data FOLDER] [--out results/throughput/NAME]
+    python -m bench.throughput [--data FOLDER] [--out results/throughput/NAME]
 
-FOLDER is an image folder (train/<class>/*.jpg); without it, JPEG files of noise are made, 32 px as CIFAR's. On a GPU a
-whole run takes under 9 minutes, on two CPU cores as well, at reduced counts.
+FOLDER is an image folder (train/<class>/*.jpg); without it, JPEG files of noise are made, 32 px as CIFAR's. A whole run
+takes under 9 minutes on a GPU, and with fewer images and rounds on two CPU cores too.
 """
 
 import argparse
@@ -21,9 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # in place of this folder, whose selection.py is not the one to import
-
 import numpy as np
 import timm
 import torch
@@ -32,6 +29,7 @@ from PIL import Image
 import datasets
 import engine
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
+from images.images import Images
 from training import distributed
 from utils import UserError, first_line, revision
 
@@ -43,7 +41,7 @@ CIFAR_IMAGES, CIFAR_EPOCHS = 50_000, 300
 
 
 def make_images(folder: Path, count: int, size: int) -> None:
-    """JPEG files of two classes, of smooth noise as a photograph's."""
+    """Write JPEG files of two classes: smooth noise, which compresses like a photograph."""
     generator = np.random.default_rng(0)
     for number in range(count):
         place = folder / "train" / f"class{number % 2}"
@@ -53,7 +51,7 @@ def make_images(folder: Path, count: int, size: int) -> None:
 
 
 def rate(steps: Callable[[int], None], batch_size: int, seconds: float) -> float:
-    """Images a second over `seconds` or one step, whichever is longer."""
+    """Measure images per second over `seconds` or one step, whichever is longer."""
     count, chunk, start = 0, 1, time.perf_counter()
     while True:
         steps(chunk)
@@ -61,12 +59,12 @@ def rate(steps: Callable[[int], None], batch_size: int, seconds: float) -> float
         spent = time.perf_counter() - start
         if spent >= seconds:
             return count * batch_size / spent
-        # no more than before at once: the first batches may have been ready, and say nothing of those that are not
+        # at most double the count: the first batches may have been ready, and then they say nothing about the next
         chunk = max(1, min(count, int((seconds - spent) * count / spent)))
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of a large matrix product, the best of ten."""
+    """Measure floating point operations per second of a large matrix product, the best of ten."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -78,7 +76,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Measured(NamedTuple):
-    """Of one model at one batch size: images a second by what was measured, for each round; the ways left out, and why."""
+    """One model at one batch size: images per second by task and round; the ways that were left out, and why."""
 
     rates: dict[str, list[float]]
     left_out: dict[str, str]
@@ -86,10 +84,10 @@ class Measured(NamedTuple):
 
 
 def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measured:
-    """All in turns; every other round goes the other way.
+    """Measure all tasks in turns; every other round runs backwards.
 
-    What is a training loop has workers of its own, which stand still outside its turns: each turn goes on where the one
-    before it ended, so that turns may be short, and those of a round are of the same minute.
+    Each training loop has its own workers, which are stopped outside its turns. A turn goes on where the loop's last one
+    ended, so turns can be short, and the turns of a round lie within the same minute.
     """
     resident = bench.train(bench.resident())
     loops, alone, left_out, compile_seconds = {"a: bare step": (resident, None)}, {}, {}, None
@@ -100,7 +98,7 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measu
     for way in [*ways, ORIGINAL]:
         try:
             source = bench.source(way)
-        except (UserError, RuntimeError) as error:  # no room for it, or images of several sizes; the others go on
+        except (UserError, RuntimeError) as error:  # no room for it, or images of several sizes: go on with the others
             left_out[way] = first_line(error)
             continue
         alone[f"b: data alone, {way.removeprefix('d: ')}"] = bench.load(source), way
@@ -115,8 +113,8 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measu
         for steps, source in tasks.values():
             with bench.awake(source):
                 if bench.workers.get(source):
-                    bench.load(bench.sources[source])(2 * options.num_workers)  # what lies ready is not their speed
-                steps(3)  # until as much is made as is used up
+                    bench.load(bench.sources[source])(2 * options.num_workers)  # use up what lay ready
+                steps(3)  # until workers make as much as is used
         for number in range(options.rounds if tasks is loops else min(options.rounds, 8)):
             for name in list(tasks)[:: -1 if number % 2 else 1]:
                 steps, source = tasks[name]
@@ -127,20 +125,21 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measu
 
 
 def ratio(rates: dict[str, list[float]], task: str, other: str) -> str:
-    """A task's speed over another's in the same round: the median, and between which two rounds it lies by 95 %.
+    """Divide a task's speed by another's in the same round: the median over rounds, and its 95 % interval.
 
-    Other machines on the same host may take away a turn or two, which a mean would not forget.
+    The median forgets the turns that something else on the host disturbed.
     """
     if other not in rates:
         return ""
     ratios = sorted(mine / its for mine, its in zip(rates[task], rates[other], strict=True))
     count = len(ratios)
-    least = max(0, int((count - 1.96 * count**0.5) / 2))  # as often as heads in so many throws; of few rounds all
+    # ranks between which the median lies, by the binomial distribution; of few rounds all
+    least = max(0, int((count - 1.96 * count**0.5) / 2))
     return f"{statistics.median(ratios):.3f} ({ratios[least]:.3f}..{ratios[-1 - least]:.3f})"
 
 
 def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rate: float) -> list[str]:
-    """A Markdown table of one model at one batch size."""
+    """Format one model at one batch size as a Markdown table."""
     rates = measured.rates
     middle = {task: statistics.median(values) for task, values in rates.items()}
     lines = [
@@ -170,8 +169,8 @@ def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rat
     ]
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the benchmark; returns what the JSON holds."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options and fill in the defaults that depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="an image folder")
@@ -183,18 +182,15 @@ def main(argv: list[str] | None = None) -> dict:
     add("--num_workers", type=int, help="(default: cores - 1; on a CPU all, that the data takes from each alike)")
     add("--use_amp", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     add("--amp_dtype", choices=("float16", "bfloat16"))
-    add("--compile", action="store_true", help="all but the loop with the original's habits")
-    add("--compile_mode", default="default", help="of torch.compile, as of main.py")
-    add("--cache_size", type=int, help="of the cached images, as of main.py, for images of several sizes")
+    add("--compile", action="store_true", help="everything but the loop with the original's habits")
+    add("--compile_mode", default="default", help="of torch.compile, as in main.py")
+    add("--cache_size", type=int, help="side of the cached images, as in main.py, for images of several sizes")
     add("--rounds", type=int, help="(default: 4 on a GPU, 32 on a CPU)")
     add(
-        "--seconds",
-        type=float,
-        help="for each loop in each round, at least a step (default: 2 on a GPU, a step on a CPU)",
+        "--seconds", type=float, help="per loop and round, but at least one step (default: 2 on a GPU, a step on a CPU)"
     )
-    add("--out", type=Path, help="writes OUT.md and OUT.json")
+    add("--out", type=Path, help="write OUT.md and OUT.json")
     options = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
     device = distributed.pick_device(options.device)
     options.device, on_gpu = str(device), device.type == "cuda"
     options.use_amp = on_gpu if options.use_amp is None else options.use_amp
@@ -203,6 +199,14 @@ def main(argv: list[str] | None = None) -> dict:
     if options.num_workers is None:
         options.num_workers = max(1, len(os.sched_getaffinity(0)) - on_gpu)
     options.ways = options.ways or [way for way in WAYS if on_gpu or way in ON_CPU]
+    return options
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the benchmark; returns what the JSON holds."""
+    options = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True
     dtype = engine.Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
     start, code = time.monotonic(), revision()  # before anything is written
@@ -210,30 +214,48 @@ def main(argv: list[str] | None = None) -> dict:
         folder = options.data
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            make_images(folder, 50_000 if on_gpu else 4096, 32)
+            make_images(folder, 50_000 if device.type == "cuda" else 4096, 32)
         images = datasets.load_images("image_folder", str(folder), True)
         peak_rate, lines, results = peak(device, dtype), [], []
         for name in options.models:
-            for number, batch_size in enumerate(options.batch_sizes or default_sizes(name, on_gpu)):
-                bench = Bench(name, batch_size, images, options)
-                # the speed of workers does not depend on the batch: their ways are measured at the first alone
+            for number, batch_size in enumerate(options.batch_sizes or default_sizes(name, device.type == "cuda")):
+                # the speed of workers does not depend on the batch: measure their ways at the first size only
                 ways = [way for way in options.ways if number == 0 or WAYS[way] in WITHOUT_WORKERS]
-                measured = measure(bench, options, ways)
-                results.append({"model": name, "batch_size": batch_size, "flops": bench.flops,
-                    "images_per_second": measured.rates, "left_out": measured.left_out,
-                    "compile_seconds": measured.compile_seconds})  # fmt: skip
-                lines += (shown := table(name, batch_size, bench.flops, measured, peak_rate))
+                result, shown = measured_model(name, batch_size, images, options, ways, peak_rate)
+                results.append(result)
+                lines += shown
                 print("\n".join(shown), flush=True)
-                bench.close()
-                # after each, so that what ends a later one loses nothing
-                notes = conditions(options, images, device, dtype, time.monotonic() - start, code, argv)
+                notes = conditions(options, images, dtype, time.monotonic() - start, code, argv)
                 result = {"peak": peak_rate, "notes": notes, "results": results}
-                if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.with_suffix(".md").write_text("\n".join([*lines, *notes]) + "\n")
-                    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+                if options.out:  # after each model: a crash in a later one loses nothing
+                    write_results(options.out, [*lines, *notes], result)
     print("\n".join(notes))
     return result
+
+
+def measured_model(
+    name: str, batch_size: int, images: Images, options: argparse.Namespace, ways: list[str], peak_rate: float
+) -> tuple[dict, list[str]]:
+    """Measure one model at one batch size; returns its part of the JSON, and its table."""
+    bench = Bench(name, batch_size, images, options)
+    measured = measure(bench, options, ways)
+    bench.close()
+    result = {
+        "model": name,
+        "batch_size": batch_size,
+        "flops": bench.flops,
+        "images_per_second": measured.rates,
+        "left_out": measured.left_out,
+        "compile_seconds": measured.compile_seconds,
+    }
+    return result, table(name, batch_size, bench.flops, measured, peak_rate)
+
+
+def write_results(out: Path, lines: list[str], result: dict) -> None:
+    """Write OUT.md and OUT.json."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def default_sizes(name: str, on_gpu: bool) -> list[int]:
@@ -241,9 +263,10 @@ def default_sizes(name: str, on_gpu: bool) -> list[int]:
 
 
 def conditions(
-    options, images, device: torch.device, dtype: torch.dtype, seconds: float, code: str | None, argv: list[str] | None
+    options, images: Images, dtype: torch.dtype, seconds: float, code: str | None, argv: list[str] | None
 ) -> list[str]:
-    """What it was measured on and with, in lines."""
+    """List what was measured, on which hardware, with which versions."""
+    device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.processor() or platform.machine()} CPU"
     compiled = f"compiled ({options.compile_mode})" if options.compile else "not compiled"
@@ -254,7 +277,7 @@ def conditions(
         f"{len(images)} images of {options.data.name if options.data else '32 px noise'}; n = {options.rounds} rounds in "
         f"turns of {turns}; {seconds:.0f} s in all.",
         f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}; this code {code}.",
-        f"Command: `python bench/throughput.py {' '.join(sys.argv[1:] if argv is None else argv)}`",
+        f"Command: `python -m bench.throughput {' '.join(sys.argv[1:] if argv is None else argv)}`",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The loops that throughput.py measures: the training step, each way of the data, and the habits of the paper's code."""
+"""The loops that bench.throughput measures: the training step, each way of the data, and the habits of the paper's code."""
 
 import argparse
 import contextlib
@@ -18,12 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import models
-from images import batches as feed
-from images import workers
+from images.batches import AugmentedBatches, Resident, train_batches
 from images.images import Images
 from images.order import TrainBatches
-from images.transforms import TransformedImages, build_mixer, mean_and_std, train_transform
+from images.settings import Augmentation, Loading, View
+from images.transforms import TransformedImages, build_mixer, train_transform
+from images.workers import ahead
 from optim_factory import create_optimizer, parameter_groups
+from options import training_options
 from utils import seed_all
 
 WAYS = {
@@ -33,12 +35,8 @@ WAYS = {
     "device, cache ram": ("device", "ram"),
     "device, cache device": ("device", "device"),
 }
-RECIPE = {"hflip": 0.5, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic",
-    "reprob": 0.25, "remode": "pixel", "recount": 1}  # fmt: skip
-MIXING = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
-    "mixup_mode": "batch", "smoothing": 0.1}  # fmt: skip
 ORIGINAL = "d: the original's habits"
-HOST_BATCH = 64  # the smallest of the recipes'
+HOST_BATCH = 64  # the smallest of the recipes' batches
 
 
 class Bench:
@@ -64,35 +62,47 @@ class Bench:
         return self.device.type == "cuda" and type(self.model).__name__ == "ConvNeXt"
 
     def _flops(self) -> float:
-        """Of a forward and a backward pass, for one image: twice the forward again, but no gradient of the image."""
+        """Count a forward and a backward pass of one image: three times the forward, less the gradient of the image."""
         images = torch.zeros(1, 3, self.options.input_size, self.options.input_size, device=self.device)
         first = next(module for module in self.model.modules() if isinstance(module, torch.nn.Conv2d))
         made = []
         hook = first.register_forward_hook(lambda _, images, output: made.append(output.numel()))
-        # by plain products: not every version of torch counts the fused attention of every device
+        # attention by plain products: not every version of torch counts every device's fused one
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             self.model.eval()(images)
         hook.remove()
         self.model.train()
-        # torch counts too much for the backward pass of a grouped convolution: what the forward takes is right
+        # torch counts the backward pass of a grouped convolution too high, so multiply the forward pass instead
         return 3 * counter.get_total_flops() - 2 * made[0] * first.weight[0].numel()
 
+    def settings(self, augment: str = "timm", cache: str = "none") -> tuple[View, Augmentation, Loading]:
+        """The recipe's settings, which are the defaults of main.py's options."""
+        given, words = self.options, ["--augment", augment, "--cache", cache]
+        if given.cache_size and cache != "none":
+            words += ["--cache_size", str(given.cache_size)]
+        options = training_options(
+            [*words, "--input_size", str(given.input_size), "--num_workers", str(given.num_workers)]
+        )
+        loading = Loading.from_options(options, self.device)
+        return View.from_options(options), Augmentation.from_options(options), loading
+
+    def mixer(self):
+        return build_mixer(self.settings()[1], self.images.classes)
+
     def source(self, name: str) -> Iterator:
-        """Batches by this way, or as the original has them, without end; their workers stand still when it returns."""
-        options, size, on_cpu = self.options, self.options.input_size, self.device.type == "cpu"
-        mean, std = mean_and_std(True)
+        """Endless batches by this way, or as the original has them; its workers stand still when this returns."""
         order = TrainBatches(len(self.images), batch_size=self.batch_size, update_freq=1, world_size=1, rank=0, seed=0)
-        how = {"num_workers": options.num_workers, "pin_memory": self.device.type == "cuda"}
         if name == ORIGINAL:
-            transformed = TransformedImages(self.images, train_transform(size, mean, std, **RECIPE))
-            batches = DataLoader(transformed, batch_sampler=order, persistent_workers=options.num_workers > 0, **how)
+            view, augmentation, loading = self.settings()
+            batches = DataLoader(
+                TransformedImages(self.images, train_transform(view, augmentation)),
+                batch_sampler=order,
+                persistent_workers=loading.num_workers > 0,
+                num_workers=loading.num_workers,
+                pin_memory=loading.pin_memory,
+            )
         else:
-            augment, cache = WAYS[name]
-            batches = feed.train_batches(
-                self.images, order, augment=augment, cache=cache, cache_size=options.cache_size if cache != "none" else None,
-                input_size=size, mean=mean, std=std, augmentation=RECIPE, seed=0, device=self.device,
-                workers=how | {"yielding": on_cpu}
-            )  # fmt: skip
+            batches = train_batches(self.images, order, *self.settings(*WAYS[name]))
         source, others = _endless(batches), set(multiprocessing.active_children())
         next(source)
         self.batches[name], self.sources[name] = batches, source
@@ -106,7 +116,7 @@ class Bench:
 
     @contextlib.contextmanager
     def awake(self, source: str | None):
-        """Inside, the workers of this source work; outside they stand still, and take nothing from other measurements."""
+        """Let the workers of this source work inside the context; outside they are stopped and disturb no measurement."""
         self._send(source, signal.SIGCONT)
         yield
         self._send(source, signal.SIGSTOP)
@@ -131,14 +141,19 @@ class Bench:
         )
         steps = np.full(10**6, 1e-4)
         return engine.Trainer(
-            model=self.model, criterion=SoftTargetCrossEntropy(), optimizer=optimizer,
-            precision=engine.Precision.choose(self.device, self.options.use_amp, self.options.amp_dtype), lr=steps,
-            weight_decay=np.full(10**6, 0.05), mixer=build_mixer(num_classes=self.images.classes, seed=0, **MIXING),
-            log_freq=10**6, channels_last=self.channels_last,
-        )  # fmt: skip
+            model=self.model,
+            criterion=SoftTargetCrossEntropy(),
+            optimizer=optimizer,
+            precision=engine.Precision.choose(self.device, self.options.use_amp, self.options.amp_dtype),
+            lr=steps,
+            weight_decay=np.full(10**6, 0.05),
+            mixer=self.mixer(),
+            log_freq=10**6,
+            channels_last=self.channels_last,
+        )
 
     def train(self, source: Iterator) -> Callable[[int], None]:
-        """A function that trains for so many steps of the engine."""
+        """Make a function that trains for a number of steps of the engine."""
         trainer = self.trainer()
 
         def steps(count: int) -> None:
@@ -148,22 +163,22 @@ class Bench:
         return steps
 
     def load(self, source: Iterator) -> Callable[[int], None]:
-        """A function that only waits for so many batches."""
+        """Make a function that only waits for a number of batches."""
 
         def steps(count: int) -> None:
-            for images, _ in workers.ahead(itertools.islice(source, count), self.device):
+            for images, _ in ahead(itertools.islice(source, count), self.device):
                 images = images.contiguous()
             images[0, 0, 0, 0].item()
 
         return steps
 
     def host(self, way: str) -> Callable[[int], None] | None:
-        """A function that does what is left to the host by this way for so many batches: gathering, drawing, sending.
+        """Make a function that does the host's part of a number of batches by this way: gather, draw, send.
 
-        None where workers have a part in it, as with images of several sizes.
+        None if workers take part, as they do for images of several sizes.
         """
         batches, indices = self.batches[way], np.arange(HOST_BATCH) % len(self.images)
-        if not isinstance(batches, feed.AugmentedBatches) or not isinstance(batches.pixels, feed.Resident):
+        if not isinstance(batches, AugmentedBatches) or not isinstance(batches.pixels, Resident):
             return None
         augment = batches.augment
 
@@ -171,19 +186,19 @@ class Bench:
             for number in range(count):
                 images, _ = batches.pixels.batch(indices)
                 for part in augment.parts(HOST_BATCH):
-                    augment.to_device(*augment.plan(number, indices[part], *images.shape[1:3]))
+                    shapes = batches.shapes[indices[part]]
+                    augment.to_device(*augment.plan(number, indices[part], images.shape[1:3], shapes))
 
         return steps
 
     def original(self, source: Iterator) -> Callable[[int], None]:
-        """Training with the habits of the paper's loop: a DataLoader's batches, several waits for the device a step.
+        """Make a function that trains with the habits of the paper's loop: several waits for the device per step.
 
-        It is not compiled. Its all-reduce on each micro-batch has nothing to do in one process, and is left out.
+        The model is not compiled. The all-reduce per micro-batch is left out: one process has nothing to reduce.
         """
         model = self.plain_model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-        mixer = build_mixer(num_classes=self.images.classes, seed=0, **MIXING)
-        criterion, precision = SoftTargetCrossEntropy(), self.trainer().precision
+        mixer, criterion, precision = self.mixer(), SoftTargetCrossEntropy(), self.trainer().precision
         scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scales_loss)
 
         def steps(count: int) -> None:

@@ -1,83 +1,118 @@
-"""The ways of images to the training device: transformed in workers, or augmented there from uint8 pixels."""
+"""Three ways of images to the training device: by timm, by timm from a cache, augmented on the device from pixels."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler
 
 from images.augment import DeviceAugment
 from images.cache import CachedImages, Shrink, cache_images, check_fits, free_memory
+from images.crop import CroppedImages, RandomCrop
 from images.images import Images
 from images.order import TrainBatches, check_batches, shard
-from images.transforms import TransformedImages, eval_crop, eval_transform, mean_and_std, normalized, train_transform
+from images.settings import Augmentation, Loading, View
+from images.transforms import TransformedImages, eval_crop, eval_transform, normalized, train_transform
 from images.workers import Batch, WorkerBatches, ahead
-from options import pick
 from training import distributed
 from utils import UserError
 
 
-def train_batches(
-    images: Images, order: TrainBatches, *, augment: str, cache: str, cache_size: int | None, input_size: int,
-    mean: Sequence[float], std: Sequence[float], augmentation: dict, seed: int, device: torch.device, workers: dict
-):  # fmt: skip
-    """One rank's augmented batches (float [batch, 3, S, S], class numbers [batch]), again and again, in `order`.
+def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device, update_freq: int):
+    """Make this rank's augmented batches, in an order derived from the seed."""
+    world = distributed.world_size()
+    check_batches(len(images), options.batch_size, update_freq, world)
+    order = TrainBatches(
+        len(images),
+        batch_size=options.batch_size,
+        update_freq=update_freq,
+        world_size=world,
+        rank=distributed.rank(),
+        seed=options.seed,
+    )
+    view, augmentation = View.from_options(options), Augmentation.from_options(options)
+    return train_batches(images, order, view, augmentation, Loading.from_options(options, device))
 
-    `augment` "timm": each image in a worker; "device": batches on `device`. `cache`, `cache_size`: where images are kept
-    decoded, and how large. `augmentation` are the options that both ways share, `workers` those of WorkerBatches.
-    """
-    # what is wrong with the options is said before hours of decoding
-    shared = {"input_size": input_size, "mean": mean, "std": std, **augmentation}
-    transform = train_transform(**shared) if augment == "timm" else None
-    on_device = DeviceAugment(**shared, seed=seed, device=device, crop=False) if augment == "device" else None
-    if cache != "none":
-        prepare = Shrink(cache_size, square=cache == "device") if cache_size else None
-        images = cache_images(images, prepare=prepare, num_workers=workers["num_workers"])
-    if augment == "timm":
-        transformed = TransformedImages(images, transform, seed)
-        return WorkerBatches(transformed, order, (3, input_size, input_size), persistent=True, **workers)
-    uniform = isinstance(images, CachedImages) and images.is_uniform
-    if cache == "device" and not uniform:
+
+def make_val_loader(options: argparse.Namespace, images: Images, device: torch.device):
+    """Make the batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
+    share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
+    indices, batch_size = shard(len(images), *share), int(1.5 * options.batch_size)
+    view, loading = View.from_options(options), Loading.from_options(options, device)
+    return eval_batches(images, indices, batch_size, view, loading)
+
+
+def train_batches(
+    images: Images, order: TrainBatches, view: View, augmentation: Augmentation, loading: Loading
+) -> "WorkerBatches | AugmentedBatches":
+    """Make one rank's training batches (float [batch, 3, S, S], class numbers [batch]): each pass the next in `order`."""
+    by_timm = augmentation.augment == "timm"
+    # built before the cache: options that it refuses should not cost hours of decoding
+    augment = train_transform(view, augmentation) if by_timm else DeviceAugment(view, augmentation, loading.device)
+    if loading.cache != "none":
+        square = loading.cache == "device"
+        prepare = Shrink(loading.cache_size, square=square) if loading.cache_size else None
+        images = cache_images(images, prepare=prepare, num_workers=loading.num_workers)
+    if by_timm:
+        transformed = TransformedImages(images, augment, augmentation.seed)
+        return _from_workers(transformed, order, (3, view.input_size, view.input_size), loading, persistent=True)
+    if _device_crops(images, view, loading):
+        device = loading.device if loading.cache == "device" else None
+        pixels, shapes = resident_on(images, device, loading.pin_memory), images.shapes
+    else:
+        cropped, shape = CroppedImages(images, RandomCrop(view, augmentation)), (view.input_size, view.input_size, 3)
+        pixels, shapes = _from_workers(cropped, order, shape, loading, dtype=torch.uint8, persistent=True), None
+    return AugmentedBatches(order, pixels, augment, loading.device, shapes)
+
+
+def _device_crops(images: Images | CachedImages, view: View, loading: Loading) -> bool:
+    """Whether the device crops whole images; else workers do, with the same draws."""
+    if loading.cache == "none":
+        return False
+    if loading.cache == "device" and not images.is_uniform:
         raise UserError(
             f"--cache device keeps images of one size, those of {images.name} have several: give --cache_size"
         )
-    if not uniform or (cache == "ram" and images.sizes.max() > 2 * input_size):  # less to copy if workers crop them
-        cropped, shape = CroppedImages(images, on_device), (input_size, input_size, 3)
-        pixels = WorkerBatches(cropped, order, shape, torch.uint8, persistent=True, **workers)
-        return AugmentedBatches(order, pixels, on_device, device)
-    on_device.crop, on_device.shapes = True, images.shapes if (images.shapes != images.sizes).any() else None
-    resident = resident_on(images, device if cache == "device" else None, workers["pin_memory"])
-    return AugmentedBatches(order, resident, on_device, device)
+    return loading.cache == "device" or (images.is_uniform and images.sizes.max() <= 2 * view.input_size)
+
+
+def _from_workers(items, batch_sampler, shape, loading: Loading, **options) -> WorkerBatches:
+    return WorkerBatches(
+        items,
+        batch_sampler,
+        shape,
+        num_workers=loading.num_workers,
+        pin_memory=loading.pin_memory,
+        yielding=loading.device.type == "cpu",
+        **options,
+    )
 
 
 def eval_batches(
-    images: Images, indices: Sequence[int], batch_size: int, *, cache: str, input_size: int, crop_pct: float | None,
-    mean: Sequence[float], std: Sequence[float], device: torch.device, workers: dict
-):  # fmt: skip
-    """Batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; the same by every way."""
-    if cache == "none":
-        transform = eval_transform(input_size, mean, std, crop_pct=crop_pct)
-        transformed = TransformedImages(images, transform)
+    images: Images, indices: Sequence[int], batch_size: int, view: View, loading: Loading
+) -> "WorkerBatches | EvaluationBatches":
+    """Make batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; equal by every way."""
+    if loading.cache == "none":
+        transformed = TransformedImages(images, eval_transform(view))
         order = BatchSampler(indices, batch_size, drop_last=False)
-        return WorkerBatches(transformed, order, (3, input_size, input_size), **workers)
-    crop = eval_crop(input_size, crop_pct)
-    cached = cache_images(images, prepare=crop, num_workers=workers["num_workers"])
-    if cache == "ram":
+        return _from_workers(transformed, order, (3, view.input_size, view.input_size), loading)
+    cached = cache_images(images, prepare=eval_crop(view), num_workers=loading.num_workers)
+    if loading.cache == "ram":
         return EvaluationBatches(
-            resident_on(cached, None, workers["pin_memory"]), indices, batch_size, mean, std, device
+            resident_on(cached, None, loading.pin_memory), indices, batch_size, view, loading.device
         )
-    share = resident_on(cached, device, workers["pin_memory"], np.array(indices))  # a card needs its own alone
-    return EvaluationBatches(share, range(len(share)), batch_size, mean, std, device)
+    share = resident_on(cached, loading.device, loading.pin_memory, np.array(indices))  # a card needs no other rank's
+    return EvaluationBatches(share, range(len(share)), batch_size, view, loading.device)
 
 
 def resident_on(
     images: CachedImages, device: torch.device | None, pin: bool, indices: np.ndarray | None = None
 ) -> "Resident":
-    """Cached images of one size, all or those at `indices`, on `device` or (None) in the cache's memory.
+    """Put cached images of one size, all or those at `indices`, on `device`; None leaves them in the cache's memory.
 
-    `pin`: what is in memory is for a GPU. Raises UserError for what does not fit.
+    `pin`: batches go on to a GPU. Raises UserError if they do not fit.
     """
     pixels, labels = images.stacked(), images.targets()
     if indices is not None:
@@ -89,7 +124,7 @@ def resident_on(
 
 
 class Resident:
-    """Images of one size in memory, of the host or of a device: uint8 [images, H, W, 3], and their class numbers."""
+    """Images of one size in the memory of the host or of a device: uint8 [images, H, W, 3], and their class numbers."""
 
     def __init__(self, pixels: Tensor, labels: np.ndarray, pin: bool = False):
         self.pixels, self.labels, self.pin = pixels, torch.from_numpy(labels).to(pixels.device), pin
@@ -98,7 +133,7 @@ class Resident:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """(uint8 [batch, H, W, 3], class numbers [batch]) where the pixels are."""
+        """Gather (uint8 [batch, H, W, 3], class numbers [batch]) where the pixels are."""
         picked = torch.from_numpy(indices)
         if self.pixels.device.type == "cuda":
             picked = picked.pin_memory().to(self.pixels.device, non_blocking=True)
@@ -108,14 +143,22 @@ class Resident:
 
 
 class AugmentedBatches:
-    """One rank's training batches, augmented where training happens: (float [batch, 3, S, S], class numbers [batch]).
+    """One rank's training batches, augmented on the training device: (float [batch, 3, S, S], class numbers [batch]).
 
-    `pixels` are `Resident`, or WorkerBatches of uint8 [batch, H, W, 3] in the order of `batch_sampler`. The
-    draws depend on the images alone; the noise of erased boxes on (epoch, chunk).
+    `pixels` are either `Resident`, and then `shapes` [images, 2] are the images' own heights and widths, which the crop
+    needs; or batches of workers that crop, uint8 [batch, S, S, 3] in the order of `batch_sampler`, and `shapes` is None.
     """
 
-    def __init__(self, batch_sampler: TrainBatches, pixels, augment: Callable, device: torch.device):
+    def __init__(
+        self,
+        batch_sampler: TrainBatches,
+        pixels: "Resident | WorkerBatches",
+        augment: DeviceAugment,
+        device: torch.device,
+        shapes: np.ndarray | None,
+    ):
         self.batch_sampler, self.pixels, self.augment, self.device = batch_sampler, pixels, augment, device
+        self.shapes = shapes
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -127,20 +170,19 @@ class AugmentedBatches:
         first = sampler.first_step * sampler.update_freq
         for number, (images, targets) in enumerate(ahead(batches, self.device)):
             order = np.array(next(orders))  # [batch, 2]: epoch, index
+            epoch, indices = int(order[0, 0]), order[:, 1]
+            # the place in the epoch over all ranks: no two batches erase with the same noise
             chunk = (first + number) * sampler.world_size + sampler.rank
-            epoch = int(order[0, 0])
-            yield self.augment(images.permute(0, 3, 1, 2), epoch, order[:, 1], (epoch, chunk)), targets
+            shapes = None if self.shapes is None else self.shapes[indices]
+            yield self.augment(images.permute(0, 3, 1, 2), epoch, indices, (epoch, chunk), shapes), targets
 
 
 class EvaluationBatches:
-    """One rank's share of evaluation images that are `Resident`, in their final size: (float [batch, 3, S, S], classes)."""
+    """One rank's share of evaluation images that are `Resident` in their final size: (float [batch, 3, S, S], classes)."""
 
-    def __init__(
-        self, pixels: Resident, indices: Sequence[int], batch_size: int, mean: Sequence[float], std: Sequence[float],
-        device: torch.device
-    ):  # fmt: skip
+    def __init__(self, pixels: "Resident", indices: Sequence[int], batch_size: int, view: View, device: torch.device):
         self.pixels, self.indices, self.batch_size, self.device = pixels, np.array(indices), batch_size, device
-        self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
+        self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (view.mean, view.std))
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -150,55 +192,3 @@ class EvaluationBatches:
         batches = (self.pixels.batch(self.indices[start : start + self.batch_size]) for start in starts)
         for images, targets in ahead(batches, self.device):
             yield normalized(images, self.mean, self.std), targets
-
-
-class CroppedImages(Dataset):
-    """Images cropped and resized in a worker, uint8 [S, S, 3], by the draws of `augment`, which does the rest."""
-
-    def __init__(self, images: Images, augment: DeviceAugment):
-        self.images, self.augment = images, augment
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        pixels, target = self.images.read(key[1], lambda image: self.augment.cropped(image, *key))
-        return torch.from_numpy(np.array(pixels)), target
-
-
-def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device, update_freq: int):
-    """Augmented batches of this rank, in an order derived from the seed."""
-    world = distributed.world_size()
-    check_batches(len(images), options.batch_size, update_freq, world)
-    order = TrainBatches(
-        len(images),
-        world_size=world,
-        rank=distributed.rank(),
-        update_freq=update_freq,
-        **pick(options, "batch_size seed"),
-    )
-    return train_batches(
-        images,
-        order,
-        augmentation=pick(options, "hflip color_jitter aa train_interpolation reprob remode recount"),
-        **pick(options, "augment cache_size seed"),
-        **data_way(options, device),
-    )
-
-
-def make_val_loader(options: argparse.Namespace, images: Images, device: torch.device):
-    """Batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
-    share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
-    indices, batch_size = shard(len(images), *share), int(1.5 * options.batch_size)
-    return eval_batches(images, indices, batch_size, crop_pct=options.crop_pct, **data_way(options, device))
-
-
-def data_way(options: argparse.Namespace, device: torch.device) -> dict:
-    """What training and evaluation batches have in common."""
-    mean, std = mean_and_std(options.imagenet_default_mean_and_std)
-    workers = {
-        "num_workers": options.num_workers,
-        "pin_memory": options.pin_mem and device.type == "cuda",
-        "yielding": device.type == "cpu",
-    }
-    return {"mean": mean, "std": std, "device": device, "workers": workers, **pick(options, "cache input_size")}

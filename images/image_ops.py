@@ -60,11 +60,6 @@ def _to_levels(values: Tensor) -> Tensor:
     return values.add_(0.5).clamp_(0, 255).floor_()
 
 
-def mirror(images: Tensor) -> Tensor:
-    """Flip left and right."""
-    return images.flip(3)
-
-
 def blend(base: Tensor, images: Tensor, factors: Tensor) -> Tensor:
     """Blend from `base` (factor 0) to `images` (factor 1) and beyond, clip, and cut off fractions; uint8.
 

@@ -6,11 +6,10 @@ from utils import Stream, UserError, permutation
 
 
 class TrainBatches:
-    """One rank's micro-batches, lists of (epoch, index), in an order that the number of processes does not change.
+    """One rank's micro-batches, lists of (epoch, index), in an order that does not depend on the number of processes.
 
-    An epoch is one permutation from (seed, epoch). Of it an optimizer step takes batch_size * update_freq *
-    world_size images, in chunks of batch_size: micro-step m of rank r is chunk m * world_size + r. What is left at
-    the end is not used.
+    Each epoch permutes all images by (seed, epoch) and cuts the result into chunks of batch_size. Micro-step m of rank r
+    is chunk m * world_size + r; an update takes update_freq micro-steps. What is left at the end is not used.
     """
 
     def __init__(self, num_images: int, *, batch_size: int, update_freq: int, world_size: int, rank: int, seed: int):
@@ -20,14 +19,14 @@ class TrainBatches:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """The next iteration gives this epoch, from its optimizer step `first_step` on."""
+        """Let the next pass be this epoch, from its update `first_step` on."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
         return max(0, self.steps_per_epoch - self.first_step) * self.update_freq
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._batches(self.epoch, self.first_step)  # the arguments hold whatever set_epoch says meanwhile
+        return self._batches(self.epoch, self.first_step)  # as arguments, set_epoch cannot change them during the pass
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
         order = permutation(self.num_images, Stream.ORDER, self.seed, epoch)
@@ -37,7 +36,7 @@ class TrainBatches:
 
 
 def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int) -> None:
-    """UserError when one update takes more images than the training set has."""
+    """Raise UserError if one update takes more images than the training set has."""
     total = batch_size * update_freq * world_size
     if total > num_images:
         if batch_size > num_images:
@@ -51,5 +50,5 @@ def check_batches(num_images: int, batch_size: int, update_freq: int, world_size
 
 
 def shard(num_images: int, rank: int, world_size: int) -> range:
-    """The indices that one rank evaluates: over all ranks each image exactly once, no padding."""
+    """List the indices that one rank evaluates: each image exactly once over all ranks, without padding."""
     return range(rank, num_images, world_size)

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from bench import survive
+from images.settings import Augmentation, Loading, View
+from options import training_options
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")  # no test waits for a network
 torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
@@ -68,6 +70,13 @@ def tiny_run(image_folder, tmp_path):
         return [*TINY_MODEL, *data, *recipe.split(), "--output_dir", str(output_dir), *" ".join(map(str, more)).split()]
 
     return options
+
+
+def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Loading]:
+    """How images are seen, augmented and loaded by these options of main.py; by no workers if they do not say."""
+    options = training_options(["--num_workers", "0", *words])
+    loading = Loading.from_options(options, torch.device(device))
+    return View.from_options(options), Augmentation.from_options(options), loading
 
 
 def read_log(folder: Path) -> list[dict]:

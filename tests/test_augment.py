@@ -1,37 +1,52 @@
 """The augmentation on the device against timm's own: each operation, each distribution, the whole pipeline."""
 
-import collections
-import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import settings
 from PIL import Image
 from scipy import ndimage, stats
-from timm.data import auto_augment
-from timm.data.random_erasing import RandomErasing
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from images import image_ops
 from images.augment import DeviceAugment, Step, apply
-from images.draws import OPERATIONS, Draws, Policy, crop_boxes, draw_layer, erase_boxes, parse_policy
-from images.transforms import mean_and_std, train_transform
-from utils import UserError, seed_all
+from images.draws import OPERATIONS, Policy
+from images.transforms import train_transform
+from utils import seed_all
 
 RECIPE = "rand-m9-mstd0.5-inc1"
-MEAN, STD = mean_and_std(True)
-OPTIONS = {"input_size": 32, "mean": MEAN, "std": STD, "hflip": 0.5, "aa": RECIPE, "train_interpolation": "bicubic"}
-OPTIONS |= {"reprob": 0.25, "remode": "pixel", "recount": 1}
+MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 GEOMETRIC = ("ShearX", "TranslateXRel", "ShearY", "TranslateYRel", "Rotate")
 POINTWISE = [name for name in OPERATIONS if name not in GEOMETRIC]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def make(**changes):
-    return DeviceAugment(**{**OPTIONS, "seed": 0, "device": "cpu", **changes})
+class Augment(DeviceAugment):
+    """DeviceAugment for images that are stored in their own shape, or that come `cropped`."""
+
+    cropped = False
+
+    def __call__(self, images, epoch=0, indices=None, key=(0, 0)):
+        indices = np.arange(len(images)) if indices is None else indices
+        shapes = None if self.cropped else np.tile(images.shape[2:], (len(images), 1))
+        return super().__call__(images, epoch, indices, key, shapes)
+
+
+def options(input_size=32, mean=None, std=None, **changes):
+    """(View, Augmentation) of the recipe with changes."""
+    view, augmentation, _ = settings("--input_size", str(input_size))
+    return replace(view, mean=mean or view.mean, std=std or view.std), replace(augmentation, **changes)
+
+
+def make(device="cpu", cropped=False, **changes):
+    augment = Augment(*options(**changes), device)
+    augment.cropped = cropped
+    return augment
 
 
 def pictures(height=48, width=48):
@@ -74,8 +89,7 @@ def ours(images, name, magnitude, sign, interpolation="bicubic"):
 def timms(images, name, magnitude, sign, monkeypatch, interpolation="bicubic"):
     """The same by timm, through the transform that `--augment timm` uses."""
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda level: sign * level)
-    options = {**OPTIONS, "train_interpolation": interpolation, "aa": "rand-m9-p1-mmax20-inc1", "color_jitter": None}
-    steps = train_transform(**options).transforms
+    steps = train_transform(*options(train_interpolation=interpolation, aa="rand-m9-p1-mmax20-inc1")).transforms
     policy = next(step for step in steps if isinstance(step, auto_augment.RandAugment))
     operation = next(op for op in policy.ops if op.name == name)
     operation.magnitude = magnitude
@@ -169,131 +183,11 @@ def test_padded_crop_equals_torchvisions(height, width):
             assert (result.int() - expected).abs().max() <= ((height, width) != (32, 32))
 
 
-def timm_records(aa, images):
-    """(operation or none, magnitude) of each layer that timm applies, `images` times."""
-    policy = auto_augment.rand_augment_transform(aa, {"img_mean": (0, 0, 0)})
-    records = []
-    for op in policy.ops:
-        op.level_fn = lambda level, _, name=op.name: records.append((name, level)) or ()
-        op.aug_fn = lambda image, **_: image
-    for _ in range(images):
-        before = len(records)
-        policy(None)
-        records += [("none", None)] * (before + policy.num_layers - len(records))
-    return records
-
-
-@pytest.mark.parametrize(
-    "aa", [RECIPE, "rand-m7-p0.8-inc1", "rand-m9-mstd101-inc1", "rand-m15-n3-mstd2-mmax20-inc1", "rand-m4-mstd4-inc1"]
-)
-def test_operations_and_magnitudes_are_distributed_as_timms(aa):
-    seed_all(1)
-    expected = timm_records(aa, 4000)
-    policy = parse_policy(aa)
-    draws = Draws(7, np.arange(20000))
-    layers = [draw_layer(policy, draws.uniforms(layer, 5)) for layer in range(policy.layers)]
-    counts = collections.Counter(name for name, _ in expected)
-    table = [
-        [sum(np.sum(layer.operation == code) for layer in layers) for code in range(len(OPERATIONS) + 1)],
-        [counts[name] for name in (*OPERATIONS, "none")],
-    ]
-    assert sum(table[1]) == 4000 * policy.layers
-    assert stats.chi2_contingency(table).pvalue > 0.01
-    magnitudes = np.concatenate([layer.magnitude[layer.operation < len(OPERATIONS)] for layer in layers])
-    theirs = np.array([level for _, level in expected if level is not None])
-    for edge in (0, policy.limit):  # where they are clipped
-        assert abs(np.mean(magnitudes == edge) - np.mean(theirs == edge)) < 0.02
-    assert stats.ks_2samp(magnitudes, theirs).pvalue > 0.01
-    bins = np.quantile(magnitudes, np.linspace(0, 1, 11))
-    if len(np.unique(bins)) == 11:
-        table = [np.histogram(values, bins)[0] for values in (magnitudes, theirs.clip(bins[0], bins[-1]))]
-        assert stats.chi2_contingency(table).pvalue > 0.01
-
-
-def test_signs_are_even_and_layers_independent():
-    draws = Draws(11, np.arange(60000))
-    first, second = (draw_layer(Policy(deviation=0.5), draws.uniforms(layer, 5)) for layer in (1, 2))
-    assert stats.binomtest(int(np.sum(first.sign > 0)), 60000).pvalue > 0.01
-    codes = len(OPERATIONS) + 1
-    for one, other in (
-        (first.operation, second.operation),
-        (first.operation, first.sign > 0),
-        (first.sign > 0, second.sign > 0),
-        (first.operation[:-1], first.operation[1:]),  # of one image and the next
-        (first.operation, draw_layer(Policy(), Draws(12, np.arange(60000)).uniforms(1, 5)).operation),  # of two epochs
-        (first.operation, first.magnitude > 10 - 0.3),
-    ):
-        table = np.histogram2d(one, other, bins=[range(codes + 1)] * 2)[0]
-        table = table[table.any(1)][:, table.any(0)]
-        assert stats.chi2_contingency(table).pvalue > 0.01
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 100), (375, 500), (20, 200), (90, 10)])
-def test_crops_are_distributed_as_torchvisions(height, width):
-    seed_all(3)
-    image = torch.zeros(3, height, width)
-    get = transforms.RandomResizedCrop.get_params
-    expected = np.array([get(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
-    boxes = np.stack(crop_boxes(Draws(5, np.arange(20000)).uniforms(0, 22), height, width), axis=1)
-    for column in range(4):
-        assert stats.ks_2samp(boxes[:, column], expected[:, column]).pvalue > 0.01, column
-    area, ours_area = expected[:, 2] * expected[:, 3], boxes[:, 2] * boxes[:, 3]
-    assert stats.ks_2samp(ours_area, area).pvalue > 0.01
-    assert boxes[:, :2].min() >= 0
-    assert (boxes[:, 0] + boxes[:, 2]).max() <= height
-    assert (boxes[:, 1] + boxes[:, 3]).max() <= width
-
-
-@pytest.mark.parametrize(("height", "width"), [(20, 200), (200, 20)])
-def test_crop_falls_back_to_torchvisions_box(height, width):
-    u = np.ones((22, 1)) - 1e-9  # the whole area never fits
-    expected = {(20, 200): (0, 86, 20, 27), (200, 20): (86, 0, 27, 20)}  # 20 * 4 / 3 = 26.7 in the middle
-    assert tuple(int(value[0]) for value in crop_boxes(u, height, width)) == expected[height, width]
-
-
-def erased_sizes(images):
-    """Of images [batch, H, W] that are 0 where erased: rows and columns touched, the area, the first row."""
-    holes = images == 0
-    rows, columns = holes.any(2), holes.any(1)
-    first = rows.int().argmax(1)
-    return np.stack([rows.sum(1), columns.sum(1), holes.sum((1, 2)), first, columns.int().argmax(1)], axis=1)
-
-
-@pytest.mark.parametrize(("size", "reprob", "recount"), [(32, 0.25, 1), (40, 0.9, 3)])
-def test_erasing_is_distributed_as_timms(size, reprob, recount):
-    random.seed(2)
-    count = 3000
-    white = torch.full((count, 3, size, size), 255, dtype=torch.uint8)
-    changes = {"hflip": 0, "aa": "none", "color_jitter": None, "mean": (0, 0, 0), "std": (1, 1, 1)}
-    changes |= {"reprob": reprob, "recount": recount, "remode": "const"}
-    result = make(input_size=size, crop=False, **changes)(white, 0, np.arange(count), (0, 0))
-    erasing = RandomErasing(reprob, max_count=recount, device="cpu")
-    expected = torch.stack([erasing(torch.ones(3, size, size)) for _ in range(count)])
-    sizes, expected = erased_sizes(result[:, 0]), erased_sizes(expected[:, 0])
-    hit = [int(np.sum(values[:, 2] > 0)) for values in (sizes, expected)]
-    assert stats.chi2_contingency([hit, [count - value for value in hit]]).pvalue > 0.01
-    for column in range(5):
-        pair = [values[values[:, 2] > 0, column] for values in (sizes, expected)]
-        assert stats.ks_2samp(*pair).pvalue > 0.01, column
-
-
-def test_erased_boxes_have_timms_areas_and_aspects():
-    boxes, fits = erase_boxes(Draws(1, np.arange(5000)).uniforms(0, 22), np.ones(5000), 224)
-    _, _, height, width = boxes[fits].T
-    share, aspect = height * width / 224**2, height / width
-    assert fits.mean() > 0.999
-    assert 0.0195 < share.min() < 0.021
-    assert 0.32 < share.max() < 0.335
-    assert 0.29 < aspect.min() < 0.32
-    assert 3.1 < aspect.max() < 3.45
-    assert abs(np.log(aspect).mean()) < 0.05
-
-
 @pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
 def test_erasing_fills_as_its_mode_says(remode):
     images = torch.full((40, 3, 32, 32), 255, dtype=torch.uint8)
-    augment = make(reprob=1, remode=remode, hflip=0, aa="none", color_jitter=None, crop=False)
-    result = augment(images, 0, np.arange(40), (0, 0))
+    augment = make(reprob=1, remode=remode, hflip=0, aa="none", color_jitter=None, cropped=True)
+    result = augment(images)
     plain = (1 - torch.tensor(MEAN)).div(torch.tensor(STD)).view(3, 1, 1)
     erased = ((result - plain).abs() > 1e-5).any(1)
     assert erased.flatten(1).any(1).all()
@@ -303,7 +197,7 @@ def test_erasing_fills_as_its_mode_says(remode):
         assert min(levels) > 10
         assert values.mean().abs() < 0.05
         assert (values.std() - 1).abs() < 0.05
-        assert torch.equal(result, augment(images, 0, np.arange(40), (0, 0)))
+        assert torch.equal(result, augment(images))
         assert not torch.equal(result, augment(images, 0, np.arange(40), (1, 0)))
         assert not torch.equal(result, augment(images, 0, np.arange(40), (0, 1)))
     else:
@@ -312,18 +206,13 @@ def test_erasing_fills_as_its_mode_says(remode):
             assert result.permute(0, 2, 3, 1)[erased].abs().max() == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"crop": False}, {"input_size": 40}])
-def test_flips_as_often_as_asked_and_only_mirrors(changes):
-    plain = {"aa": "none", "color_jitter": None, "reprob": 0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+@pytest.mark.parametrize("size", [32, 40])
+def test_flips_as_often_as_asked(size):
+    plain = {"aa": "none", "color_jitter": None, "reprob": 0}
     images = (torch.arange(32) * 8).to(torch.uint8).expand(3000, 3, 32, 32)
-    size = changes.get("input_size", 32)
-    result = make(**plain, **changes, hflip=0.3)(images, 0, np.arange(3000), (0, 0))
+    result = make(input_size=size, hflip=0.3, **plain)(images)
     flipped = int((result[:, 0, size // 2, 8] > result[:, 0, size // 2, size - 9]).sum())
     assert stats.binomtest(flipped, 3000, 0.3).pvalue > 0.01
-    if "crop" in changes:
-        mirrored = (result[:, 0, 0, 0] > 0.5).view(-1, 1, 1, 1)
-        levels = (images / 255).float()
-        assert torch.allclose(result, torch.where(mirrored, levels.flip(3), levels), atol=1e-6)
 
 
 def photographs(count, size=32):
@@ -339,13 +228,11 @@ def photographs(count, size=32):
 def test_whole_pipeline_has_the_statistics_of_the_workers(input_size):
     count = 2000
     images = photographs(count)
-    options = {**OPTIONS, "input_size": input_size}
-    transform = train_transform(**options, color_jitter=None)
+    transform = train_transform(*options(input_size))
     seed_all(0)
     expected = torch.stack([transform(to_pil(image)) for image in images])
     augment = make(input_size=input_size)
-    result = torch.cat([augment(part, 0, index.numpy(), (0, 0)) for part, index in
-                        zip(images.split(256), torch.arange(count).split(256), strict=True)])  # fmt: skip
+    result = augment(images)
     # standard errors over 2,000 images: 0.02 of the mean, 0.01 of the deviation, 0.003 of a bin's share
     assert (result.mean((0, 2, 3)) - expected.mean((0, 2, 3))).abs().max() < 0.06
     assert (result.std((0, 2, 3)) - expected.std((0, 2, 3))).abs().max() < 0.04
@@ -356,12 +243,12 @@ def test_whole_pipeline_has_the_statistics_of_the_workers(input_size):
         assert (shares[0] - shares[1]).abs().max() < 0.012
 
 
-@pytest.mark.parametrize("changes", [{"input_size": 48}, {}, {"crop": False}, {"train_interpolation": "random"}])
+@pytest.mark.parametrize("changes", [{"input_size": 48}, {}, {"cropped": True}, {"train_interpolation": "random"}])
 def test_draws_depend_on_seed_epoch_and_index_alone(changes):
     images = photographs(37)
     augment = make(remode="const", **changes)
     index = np.arange(100, 137)
-    whole = augment(images, 3, index, (0, 0))
+    whole = augment(images, 3, index)
     assert whole.dtype == torch.float32
     assert whole.shape == (37, 3, augment.size, augment.size)
     order = np.random.RandomState(0).permutation(37)
@@ -370,15 +257,15 @@ def test_draws_depend_on_seed_epoch_and_index_alone(changes):
     ]  # a batch of one too
     # matrix products may round differently with another batch size: then a pixel is a level apart
     assert ((torch.cat(parts) - whole[order]).abs() < 0.05).float().mean() > 0.999
-    assert not torch.equal(whole, augment(images, 4, index, (0, 0)))
-    assert not torch.equal(whole, augment(images, 3, index + 1, (0, 0)))
-    assert not torch.equal(whole, make(remode="const", seed=1, **changes)(images, 3, index, (0, 0)))
+    assert not torch.equal(whole, augment(images, 4, index))
+    assert not torch.equal(whole, augment(images, 3, index + 1))
+    assert not torch.equal(whole, make(remode="const", seed=1, **changes)(images, 3, index))
 
 
 def test_the_whole_is_the_same_run_after_run_and_leaves_its_input_and_the_generators_alone():
     images = photographs(20)
     before, state = images.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    for changes in ({}, {"crop": False}):
+    for changes in ({}, {"cropped": True}):
         results = [make(**changes)(images, 0, np.arange(20), (5, 1)) for _ in range(2)]
         assert torch.equal(*results)
     assert torch.equal(images, before)
@@ -387,42 +274,23 @@ def test_the_whole_is_the_same_run_after_run_and_leaves_its_input_and_the_genera
     assert np.random.get_state()[1].tolist() == state[2]
 
 
-def test_deviates_are_splitmix64s():
-    # the first outputs for seed 0, as published with the generator: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4
-    draws = Draws(0, np.arange(1))
-    draws.state = np.zeros(1, np.uint64)
-    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
-    assert draws.uniforms(0, 2)[:, 0].tolist() == [(value >> 11) / 2**53 for value in expected]
-
-
-def test_deviates_are_uniform_in_every_place():
-    u = Draws(1, np.arange(3000)).uniforms(2, 40)
-    assert min(stats.kstest(row, "uniform").pvalue for row in u) > 1e-4
-    assert np.abs(np.corrcoef(u) - np.eye(40)).max() < 0.1
-
-
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 20, 32), (5, 64, 48), (2, 7, 300)])
 @pytest.mark.parametrize("input_size", [32, 40])
 def test_other_stored_sizes_give_finite_images(shape, input_size):
     count, height, width = shape
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
     for epoch in range(5):
-        result = make(input_size=input_size, reprob=0)(images, epoch, np.arange(count), (0, 0))
+        result = make(input_size=input_size, reprob=0)(images, epoch)
         assert result.shape == (count, 3, input_size, input_size)
         assert result.isfinite().all()
         assert result.max() <= (1 - min(MEAN)) / min(STD) + 1e-5
 
 
-def test_images_that_are_not_cropped_need_the_input_size():
-    with pytest.raises(ValueError, match="30 x 32 px, but without a crop 32 x 32"):
-        make(crop=False)(torch.zeros(2, 3, 30, 32, dtype=torch.uint8), 0, np.arange(2), (0, 0))
-
-
 def test_autocast_around_it_changes_nothing():
     images = photographs(8)
-    plain = make()(images, 0, np.arange(8), (0, 0))
+    plain = make()(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(make()(images, 0, np.arange(8), (0, 0)), plain)
+        assert torch.equal(make()(images), plain)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -438,18 +306,20 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"input_size": 40}, {"crop": False, "remode": "rand", "recount": 3}])
+@pytest.mark.parametrize("changes", [{}, {"input_size": 40}, {"cropped": True, "remode": "rand", "recount": 3}])
 def test_nothing_in_it_waits_for_the_device(changes):
     augment, images = make(**changes), photographs(64)
     with NoWaiting():
-        augment(images, 0, np.arange(64), (0, 0))
+        augment(images)
 
 
 class Kernels(TorchDispatchMode):
     """Counts the operations that compute or copy something: on a GPU, about as many launches."""
 
-    VIEWS = ("view", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "expand", "split", "split_with_sizes",
-        "unbind", "detach", "alias", "t", "as_strided", "_unsafe_view", "_reshape_alias")  # fmt: skip
+    VIEWS = (
+        "view slice select unsqueeze squeeze transpose permute expand split split_with_sizes unbind detach alias t "
+        "as_strided _unsafe_view _reshape_alias"
+    ).split()
 
     def __init__(self):
         super().__init__()
@@ -465,70 +335,26 @@ def test_kernels_do_not_grow_with_the_batch(batch, monkeypatch):
     monkeypatch.setattr("images.augment.CPU_CHUNK", batch)  # all at once, as on a GPU
     augment, images = make(), photographs(64).repeat(batch // 64, 1, 1, 1)
     with Kernels() as kernels:
-        augment(images, 0, np.arange(batch), (0, 0))
+        augment(images)
     # two layers of twelve kinds of operations, of which a batch has some or all
     assert 200 < kernels.count < 420
 
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("changes", [{"input_size": 40}, {}, {"crop": False}, {"train_interpolation": "random"}])
+@pytest.mark.parametrize("changes", [{"input_size": 40}, {}, {"cropped": True}, {"train_interpolation": "random"}])
 def test_cuda_agrees_with_the_cpu_and_never_waits(changes):
     images, index = photographs(64), np.arange(64)
     augment, moved = make(device="cuda", remode="const", **changes), images.to("cuda")
-    augment(moved, 1, index, (0, 0))  # libraries set themselves up
+    augment(moved, 1, index)  # libraries set themselves up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = augment(moved, 0, index, (0, 0))
+        result = augment(moved, 0, index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = make(remode="const", **changes)(images, 0, index, (0, 0))
+    expected = make(remode="const", **changes)(images, 0, index)
     assert (result.cpu() - expected).abs().mean() < 0.01
-
-
-def test_policies_are_read_as_timm_does():
-    for aa in (
-        RECIPE,
-        "rand-inc1",
-        "rand-m3-n4-p0.2-inc1",
-        "rand-mstd101-mmax12-inc1",
-        "rand-mstd1-mstd2-m5-m6-inc1",
-        "rand-n0-inc1",
-    ):
-        expected = auto_augment.rand_augment_transform(aa, {"img_mean": (0, 0, 0)})
-        op, policy = expected.ops[0], parse_policy(aa)
-        assert sorted(op.name for op in expected.ops) == sorted(OPERATIONS)
-        assert policy.layers == expected.num_layers
-        assert (policy.magnitude, policy.probability, policy.deviation) == (op.magnitude, op.prob, op.magnitude_std)
-        assert policy.limit == (op.magnitude_max or 10)
-    assert parse_policy("rand-mstd101-inc1").deviation == math.inf
-
-
-@pytest.mark.parametrize(
-    "aa",
-    [
-        *(
-            "rand-m9-mstd0.5",
-            "rand-m9-inc0",
-            "rand-m9-inc1-tweights",
-            "rand-m9-inc1-w0",
-            "rand-m9.5-inc1",
-            "rand-m9-inc1-x",
-        ),
-        *("v0", "original", "3a", "augmix-m5-w4-d2", "randaugment", "nonsense", "rand-p0.5.5-inc1"),
-    ],
-)
-def test_what_is_not_offered_is_one_line_that_says_what_is(aa):
-    with pytest.raises(UserError) as caught:
-        make(aa=aa)
-    wanted = "use --augment timm, or a policy like rand-m9-mstd0.5-inc1"
-    assert str(caught.value) == f"--augment device does not offer --aa {aa!r}: {wanted}"
-
-
-def test_color_jitter_is_not_offered():
-    with pytest.raises(UserError, match="--color_jitter 0.4"):
-        make(aa="none")
 
 
 def test_a_single_colour_stays_through_every_resampling():
@@ -543,6 +369,6 @@ def test_a_single_colour_stays_through_every_resampling():
 def test_operations_leave_the_other_images_alone():
     images = photographs(9)
     before = images.clone()
-    apply([Step(image_ops.mirror, torch.tensor([2, 5]))], images)
+    apply([Step(lambda chosen: 255 - chosen, torch.tensor([2, 5]))], images)
     assert torch.equal(images[[0, 1, 3, 4, 6, 7, 8]], before[[0, 1, 3, 4, 6, 7, 8]])
-    assert torch.equal(images[[2, 5]], before[[2, 5]].flip(3))
+    assert torch.equal(images[[2, 5]], 255 - before[[2, 5]])

@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import settings
 from PIL import Image
 from timm.data import auto_augment, create_transform
 
 from images import transforms
-from images.transforms import mean_and_std
 from utils import UserError, seed_all
 
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -22,14 +22,10 @@ POLICIES = [
     *("v0", "v0r", "original", "originalr", "3a", "v0-mstd0.5", "originalr-mstd5"),
     *("augmix", "augmix-m10", "augmix-m5-w4-d2", "augmix-m10-b1", "augmix-m10-mstd0.5"),
 ]
-MEAN, STD = mean_and_std(True)
-OPTIONS = {"color_jitter": 0.4, "mean": MEAN, "std": STD}
 
 
 def train_transform(aa, input_size=32):
-    return transforms.train_transform(
-        input_size, aa=aa, reprob=0.25, remode="pixel", recount=1, train_interpolation="bicubic", hflip=0.5, **OPTIONS
-    )
+    return transforms.train_transform(*settings("--aa", aa, "--input_size", str(input_size))[:2])
 
 
 def operations(part):
@@ -94,9 +90,8 @@ def test_posterize_with_bits_left_equals_timm():
 @pytest.mark.parametrize("aa", [RECIPE, "v0", "augmix-m9-mstd0.5"])
 def test_draws_are_those_of_timm_unwrapped(aa):
     ours = train_transform(aa, 48)
-    timms = create_transform(
-        48, is_training=True, auto_augment=aa, re_prob=0.25, re_mode="pixel", interpolation="bicubic", **OPTIONS
-    )
+    erasing = {"re_prob": 0.25, "re_mode": "pixel"}
+    timms = create_transform(48, is_training=True, auto_augment=aa, interpolation="bicubic", **erasing)
     compared = 0
     for seed in range(150):
         seed_all(seed)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import settings
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -14,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import datasets
 import engine
 import models
-from bench.throughput_loops import MIXING, RECIPE
 from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
 from images import batches as feed
 from images.order import TrainBatches
-from images.transforms import build_mixer, mean_and_std
+from images.transforms import build_mixer
 from optim_factory import create_optimizer
 from training.log import EpochLog, summary
 from training.meters import DeviceSums, count_in_top
@@ -95,10 +95,11 @@ def test_host_waits_only_at_log_steps(mixed, dtype, monkeypatch):
     reads, real = [], DeviceSums.read
     monkeypatch.setattr(DeviceSums, "read", lambda self, **kwargs: reads.append(1) or real(self, **kwargs))
     model = tiny_model()
-    mixer = build_mixer(num_classes=3, seed=0, **MIXING)
-    mixing = {"mixer": mixer, "criterion": SoftTargetCrossEntropy()} if mixed else {}
-    settings = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 4}
-    trainer = make_trainer(model, 8, dtype=dtype, **settings, **mixing)
+    mixing = (
+        {"mixer": build_mixer(settings()[1], num_classes=3), "criterion": SoftTargetCrossEntropy()} if mixed else {}
+    )
+    training = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 4}
+    trainer = make_trainer(model, 8, dtype=dtype, **training, **mixing)
     with HostReads(monkeypatch) as host:
         train(trainer, batches_of(16))
     # two reads, one every 4 of the 8 updates; float16 asks there too how many updates in a row it skipped
@@ -125,17 +126,13 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(name, cache, image_folde
     device, reads, real = torch.device(name), [], DeviceSums.read
     images = datasets.load_images("image_folder", str(image_folder), True)
     order = TrainBatches(40, batch_size=4, update_freq=2, world_size=1, rank=0, seed=0)
-    workers = {"num_workers": 0, "pin_memory": name == "cuda", "yielding": False}
-    mean, std = mean_and_std(True)
-    batches = feed.train_batches(
-        images, order, augment="device", cache=cache, cache_size=None, input_size=40, mean=mean, std=std,
-        augmentation=RECIPE, seed=0, device=device, workers=workers
-    )  # fmt: skip
+    recipe = settings("--augment", "device", "--cache", cache, "--input_size", "40", device=name)
+    batches = feed.train_batches(images, order, *recipe)
     shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
     model = models.build_model("vit_tiny", num_classes=3, input_size=40, model_kwargs=shape).to(device)
-    mixing = {"mixer": build_mixer(num_classes=3, seed=0, **MIXING), "criterion": SoftTargetCrossEntropy()}
-    settings = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 9}
-    trainer = make_trainer(model, 10, dtype=torch.bfloat16, lr=1e-3, device=device, **settings, **mixing)
+    mixing = {"mixer": build_mixer(settings()[1], num_classes=3), "criterion": SoftTargetCrossEntropy()}
+    training = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9), "log_freq": 9}
+    trainer = make_trainer(model, 10, dtype=torch.bfloat16, lr=1e-3, device=device, **training, **mixing)
 
     def read(self, **kwargs):
         if name == "cuda":

@@ -10,18 +10,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import settings
 from PIL import Image
 from torch.utils.data import BatchSampler
 
 from images import workers
 from images.images import Images
 from images.order import TrainBatches, shard
-from images.transforms import TransformedImages, eval_transform, mean_and_std, train_transform
+from images.transforms import TransformedImages, eval_transform, train_transform
 from training import signals as stopping
 from utils import UserError
 
 SHAPE = (3, 32, 32)
-MEAN, STD = mean_and_std(True)
+VIEW, RECIPE, _ = settings("--input_size", "32")
 ALONE = {"num_workers": 0, "pin_memory": False}
 
 
@@ -39,15 +40,13 @@ def order(count, batch_size):
 
 
 def training_batches(num_workers, **options):
-    policy = {"color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "train_interpolation": "bicubic"}
-    transform = train_transform(32, mean=MEAN, std=STD, reprob=0.25, remode="pixel", recount=1, **policy)
-    items = TransformedImages(noise(24), transform, seed=0)
+    items = TransformedImages(noise(24), train_transform(VIEW, RECIPE), seed=0)
     options = {"num_workers": num_workers, "pin_memory": False, "persistent": True, **options}
     return workers.WorkerBatches(items, order(24, 4), SHAPE, **options)
 
 
 def evaluation_batches(indices, batch_size, **options):
-    items = TransformedImages(noise(11), eval_transform(32, mean=MEAN, std=STD))
+    items = TransformedImages(noise(11), eval_transform(VIEW))
     return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), SHAPE, **{**ALONE, **options})
 
 
