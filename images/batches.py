@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Dataset
 
 from images.augment import DeviceAugment
 from images.cache import CachedImages, Shrink, cache_images, check_fits, free_memory
@@ -57,13 +57,13 @@ def train_batches(
         images = cache_images(images, prepare=prepare, num_workers=loading.num_workers)
     if by_timm:
         transformed = TransformedImages(images, augment, augmentation.seed)
-        return _from_workers(transformed, order, (3, view.input_size, view.input_size), loading, persistent=True)
+        return _from_workers(transformed, order, loading, persistent=True)
     if _device_crops(images, view, loading):
         device = loading.device if loading.cache == "device" else None
         pixels, shapes = resident_on(images, device, loading.pin_memory), images.shapes
     else:
-        cropped, shape = CroppedImages(images, RandomCrop(view, augmentation)), (view.input_size, view.input_size, 3)
-        pixels, shapes = _from_workers(cropped, order, shape, loading, dtype=torch.uint8, persistent=True), None
+        cropped = CroppedImages(images, RandomCrop(view, augmentation))
+        pixels, shapes = _from_workers(cropped, order, loading, persistent=True), None
     return AugmentedBatches(order, pixels, augment, loading.device, shapes)
 
 
@@ -79,15 +79,14 @@ def _device_crops(images: Images | CachedImages, view: View, loading: Loading) -
     return loading.cache == "device" or (images.is_uniform and images.sizes.max() <= 2 * view.input_size)
 
 
-def _from_workers(items, batch_sampler, shape, loading: Loading, **options) -> WorkerBatches:
+def _from_workers(items: Dataset, batch_sampler, loading: Loading, persistent: bool = False) -> WorkerBatches:
     return WorkerBatches(
         items,
         batch_sampler,
-        shape,
         num_workers=loading.num_workers,
         pin_memory=loading.pin_memory,
         yielding=loading.device.type == "cpu",
-        **options,
+        persistent=persistent,
     )
 
 
@@ -98,7 +97,7 @@ def eval_batches(
     if loading.cache == "none":
         transformed = TransformedImages(images, eval_transform(view))
         order = BatchSampler(indices, batch_size, drop_last=False)
-        return _from_workers(transformed, order, (3, view.input_size, view.input_size), loading)
+        return _from_workers(transformed, order, loading)
     cached = cache_images(images, prepare=eval_crop(view), num_workers=loading.num_workers)
     if loading.cache == "ram":
         return EvaluationBatches(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import settings
 from PIL import Image
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, get_worker_info
 
 from images import workers
 from images.images import Images
@@ -21,7 +21,6 @@ from images.transforms import TransformedImages, eval_transform, train_transform
 from training import signals as stopping
 from utils import UserError
 
-SHAPE = (3, 32, 32)
 VIEW, RECIPE, _ = settings("--input_size", "32")
 ALONE = {"num_workers": 0, "pin_memory": False}
 
@@ -42,12 +41,12 @@ def order(count, batch_size):
 def training_batches(num_workers, **options):
     items = TransformedImages(noise(24), train_transform(VIEW, RECIPE), seed=0)
     options = {"num_workers": num_workers, "pin_memory": False, "persistent": True, **options}
-    return workers.WorkerBatches(items, order(24, 4), SHAPE, **options)
+    return workers.WorkerBatches(items, order(24, 4), **options)
 
 
 def evaluation_batches(indices, batch_size, **options):
     items = TransformedImages(noise(11), eval_transform(VIEW))
-    return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), SHAPE, **{**ALONE, **options})
+    return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), **{**ALONE, **options})
 
 
 def copied(batches):
@@ -63,7 +62,7 @@ class Numbers(torch.utils.data.Dataset):
 
 def numbers(count, batch_size=1, num_workers=0, **options):
     keys = BatchSampler(range(count), batch_size, False)
-    return workers.WorkerBatches(Numbers(), keys, (1,), **{**ALONE, "num_workers": num_workers, **options})
+    return workers.WorkerBatches(Numbers(), keys, **{**ALONE, "num_workers": num_workers, **options})
 
 
 def generators():
@@ -94,7 +93,7 @@ def test_evaluation_keeps_the_order_of_its_indices(num_workers):
     batches = evaluation_batches(shard(11, 1, 2), 2, num_workers=num_workers)
     images = torch.cat([images for images, _ in copied(batches)])
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
-    assert torch.equal(images, torch.stack([batches.items[index][0] for index in (1, 3, 5, 7, 9)]))
+    assert torch.equal(images, torch.stack([batches.loader.dataset.items[index][0] for index in (1, 3, 5, 7, 9)]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -125,26 +124,24 @@ def test_a_batch_holds_until_the_next_is_asked_for():
             assert images.item() == targets.item() == number
 
 
-def test_memory_is_used_again():
-    batches = list(numbers(30, num_workers=2))
-    assert len({images.data_ptr() for images, _ in batches}) == 2 * workers.AHEAD + 1
+def test_workers_use_their_memory_again():
+    class Addresses(Numbers):
+        def __getitem__(self, index):
+            memory = get_worker_info().dataset.memory
+            return torch.zeros(1), memory[-1].data_ptr() if memory else 0  # where the batch before this one is
+
+    batches = workers.WorkerBatches(Addresses(), BatchSampler(range(30), 3, False), **{**ALONE, "num_workers": 1})
+    addresses = {int(address) for _, found in batches for address in found}
+    assert len(addresses - {0}) == workers.AHEAD + 1
 
 
-def test_memory_is_given_back_after_a_pass():
-    list(numbers(4))
-    assert not workers.Slots.known
+def test_too_little_shared_memory_is_one_line(monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-
-@pytest.mark.parametrize(("count", "persistent", "slots"), [(3, False, 3), (3, True, 9), (100, False, 9)])
-def test_memory_is_for_what_workers_are_ahead_but_no_more_than_an_evaluation_has(count, persistent, slots):
-    batches = numbers(count, num_workers=4, persistent=persistent)
-    assert batches._start().dataset.slots.pixels.shape == (slots, 1, 1)
-
-
-def test_too_little_shared_memory_is_one_line():
-    images = evaluation_batches(range(11), 10**9, num_workers=1)
-    with pytest.raises(UserError, match=r"no room for 1 batches of 12288000 MB .* --num_workers, .* /dev/shm$"):
-        list(images)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"^no room for batches .* --num_workers, .* /dev/shm$"):
+        list(numbers(4, num_workers=1))
 
 
 def test_batches_of_a_spawned_worker_are_the_same(monkeypatch):
@@ -182,7 +179,7 @@ def test_workers_leave_signals_to_the_run():
             return torch.zeros(1), int(all(ignored) and signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
     with stopping.StopSignals():
-        batches = workers.WorkerBatches(Handler(), BatchSampler([0], 1, False), (1,), **{**ALONE, "num_workers": 1})
+        batches = workers.WorkerBatches(Handler(), BatchSampler([0], 1, False), **{**ALONE, "num_workers": 1})
         assert [int(targets) for _, targets in batches] == [1]
 
 
@@ -200,7 +197,7 @@ def test_yielding_workers_stand_still_while_threads_that_fill_the_cores_train(mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     options = {**ALONE, "num_workers": 1, "yielding": True}
-    batches = workers.WorkerBatches(Clock(), BatchSampler(range(16), 4, False), (1,), torch.float64, **options)
+    batches = workers.WorkerBatches(Clock(), BatchSampler(range(16), 4, False), **options)
     trained, made = [], []
     for times, _ in batches:
         made += times.flatten().tolist()
