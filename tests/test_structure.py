@@ -50,3 +50,36 @@ def test_modules_import_only_from_levels_below_their_own(name):
 def test_what_has_to_answer_at_once_needs_only_python(module):
     code = f"import sys; sys.path.append({str(ROOT)!r}); import {module}"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)  # -S: without installed packages
+
+
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")])
+TABLES = {"options.py": "_training_parser"}  # a table of options may be as long as it has rows
+
+
+def lengths_and_parameters(path):
+    """The name, lines and number of parameters of each function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            given = node.args
+            names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            names += [each.arg for each in (given.vararg, given.kwarg) if each]
+            yield (
+                node.name,
+                node.end_lineno - node.lineno + 1,
+                len([name for name in names if name not in ("self", "cls")]),
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short(path):
+    name = path.relative_to(ROOT).as_posix()
+    longest = 400 if name.startswith("tests/") else 300
+    assert name in TABLES or len(path.read_text().splitlines()) <= longest
+    for function, lines, parameters in lengths_and_parameters(path):
+        assert lines <= 50 or function == TABLES.get(name), f"{function} has {lines} lines"
+        assert parameters <= 8, f"{function} has {parameters} parameters"
+
+
+def test_formatter_exceptions_are_few():
+    exceptions = [path.name for path in FILES for line in path.read_text().splitlines() if "# fmt" + ":" in line]
+    assert len(exceptions) < 20, exceptions
