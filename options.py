@@ -337,11 +337,6 @@ def _training_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def pick(options: argparse.Namespace, names: str) -> dict:
-    """Return the named options, for a function whose parameters have these names."""
-    return {name: getattr(options, name) for name in names.split()}
-
-
 def plain(options: argparse.Namespace) -> dict:
     """Return the options as they would come back from JSON."""
     return json.loads(json.dumps(vars(options), default=str))
