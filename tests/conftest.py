@@ -1,7 +1,11 @@
 """What the tests share: small images on disk, and the command line of a run that takes a second."""
 
-import json
 import os
+
+# before the imports that read it: no test waits for a network
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
+
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +18,6 @@ from bench import survive
 from images.settings import Augmentation, Loading, View
 from options import training_options
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")  # no test waits for a network
 torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
 
 TINY_MODEL = ["--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
