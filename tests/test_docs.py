@@ -1,11 +1,13 @@
-"""The README's commands, taken from it and run: only paths and numbers of processes are changed."""
+"""The commands of the README and of the pages in docs/, taken from there and run: only paths and numbers of processes change."""
 
+import importlib.util
 import itertools
 import json
 import os
 import pickle
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +22,42 @@ import engine
 import main as script
 import models
 import weight_selection
+from options import selection_options, training_options
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
+}
 
 
-def commands(first_words, script_name):
-    """The arguments behind `script_name` of each command of the README that begins with `first_words`."""
-    blocks = [
-        shlex.split(block.replace("\\\n", " "), comments=True) for block in BLOCKS if block.startswith(first_words)
-    ]
-    return [words[words.index(script_name) + 1 :] for words in blocks if "…" not in words[-1]]
+def blocks_of(page):
+    return re.findall(r"^```bash\n(.*?)^```", PAGES[page], re.M | re.S)
 
 
-SELECTIONS = commands("python3 weight_selection.py", "weight_selection.py")
-IN_TABLES = [shlex.split(words) for words in re.findall(r"`python3 weight_selection\.py ([^`]+)`", README)]
-LAUNCHED = commands("python -m torch.distributed.launch", "main.py")
-ON_ONE_GPU = commands("python main.py", "main.py")
-OWN_IMAGES = commands("torchrun --nproc_per_node=2", "main.py")
+def commands_of(page):
+    """The words of each command in a page's shell blocks."""
+    for block in blocks_of(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def calls(script_name, *pages):
+    """The arguments behind `script_name` of each whole command in these pages that calls it."""
+    found = (words for page in pages for words in commands_of(page) if script_name in words and "…" not in words)
+    return [words[words.index(script_name) + 1 :] for words in found]
+
+
+SELECTIONS = calls("weight_selection.py", "README.md", "docs/selection.md")
+IN_TABLES = [
+    shlex.split(words) for words in re.findall(r"`python3 weight_selection\.py ([^`]+)`", PAGES["docs/selection.md"])
+]
+PUBLISHED = [words for words in SELECTIONS if "--model_type" in words]
+PLANS = [words for words in SELECTIONS if "--plan" in words]
+PAIRS = [words for words in SELECTIONS if words not in PUBLISHED + PLANS] + IN_TABLES
+TRAININGS = calls("main.py", "docs/recipes.md")
+LAUNCHED = TRAININGS[:4]
 
 
 def placed(words, places):
@@ -83,7 +102,7 @@ def selected(hub_cache, tmp_path_factory):
     output = tmp_path_factory.mktemp("selection")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
-        for words in SELECTIONS[:2]:
+        for words in PUBLISHED:
             weight_selection.main(placed(words, {"/path/to/weight_selection": output}))
     return output
 
@@ -103,26 +122,34 @@ def data(tmp_path_factory):
     return root
 
 
-def test_readme_has_the_six_commands_of_the_paper():
-    assert len(SELECTIONS) == 3  # the paper's two, and a plan
-    assert len(LAUNCHED) == 4
-    settings = [dict(zip(words[::2], words[1::2], strict=True)) for words in LAUNCHED]
-    # the total batch of the paper's recipes, on the README's 8 processes
+def options_of(words):
+    return dict(itertools.pairwise(words))
+
+
+def test_pages_have_the_six_commands_of_the_paper():
+    assert [options_of(words)["--pretrained_model"] for words in PUBLISHED] == [
+        "vit_small_patch16_224_in21k",
+        "convnext_tiny_in22k",
+    ]
+    settings = [options_of(words) for words in LAUNCHED]
+    # the total batch of the paper's recipes, on the pages' 8 processes
     totals = [8 * int(options["--batch_size"]) * int(options["--update_freq"]) for options in settings]
     assert totals == [512, 1024, 4096, 4096]
     assert [options["--model"] for options in settings] == ["vit_tiny", "convnext_femto"] * 2
-    alone = dict(itertools.pairwise(ON_ONE_GPU[0]))
-    assert int(alone["--batch_size"]) * int(alone["--update_freq"]) == totals[0]
+    for words in TRAININGS[4:6]:  # the first recipe on one GPU
+        alone = options_of(words)
+        assert int(alone["--batch_size"]) * int(alone.get("--update_freq", 1)) == totals[0]
+    assert calls("main.py", "README.md") == TRAININGS[:1]
 
 
-def test_selections_of_the_readme_write_both_files(selected):
+def test_published_selections_write_both_files(selected):
     assert sorted(path.name for path in selected.iterdir()) == ["convnext.json", "convnext.pth", "vit.json", "vit.pth"]
     assert [len(torch.load(selected / name, weights_only=True)) for name in ("vit.pth", "convnext.pth")] == [150, 124]
 
 
-@pytest.mark.parametrize("words", IN_TABLES, ids=lambda words: words[1].removeprefix("/path/to/weight_selection/"))
-def test_selections_in_the_tables_of_the_readme_run(words, tmp_path, monkeypatch):
-    given = dict(itertools.pairwise(words))
+@pytest.mark.parametrize("words", PAIRS, ids=lambda words: words[1].removeprefix("/path/to/weight_selection/"))
+def test_other_selections_run(words, tmp_path, monkeypatch):
+    given = options_of(words)
     teacher = models.create(given.get("--pretrained_model", "vit_small_patch16_224_in21k"), {}, device="meta")
     monkeypatch.setattr("selection.teacher.pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
     write_zeros(teacher, tmp_path / "teacher.safetensors")
@@ -135,8 +162,8 @@ def test_selections_in_the_tables_of_the_readme_run(words, tmp_path, monkeypatch
     assert shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith(head)}
 
 
-def test_tables_of_the_readme_have_a_command_for_every_family():
-    students = [dict(itertools.pairwise(words)) for words in IN_TABLES]
+def test_pages_have_a_selection_for_every_family():
+    students = [options_of(words) for words in PAIRS]
     families = {words.get("--model_type") or "vit" for words in students}
     families |= {
         words["--student_model"].partition("_")[0].removesuffix("v2")
@@ -146,9 +173,9 @@ def test_tables_of_the_readme_have_a_command_for_every_family():
     assert families == set(models.FAMILIES)
 
 
-def test_plan_of_the_readme_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
+def test_plan_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert weight_selection.main(SELECTIONS[2]) is None
+    assert weight_selection.main(PLANS[0]) is None
     assert json.loads(capsys.readouterr().out)["plan"]["groups"]["stream"]["teacher_size"] == 768
     assert (tmp_path / "docs" / "plan.png").stat().st_size > 10_000
 
@@ -163,9 +190,9 @@ def _without(words, option):
 
 
 # one baseline stands for the four: they differ from the commands in the same way
-@pytest.mark.parametrize("words", [*LAUNCHED, _without(LAUNCHED[0], "--initialize"), *ON_ONE_GPU, *OWN_IMAGES])
-def test_training_of_the_readme_reaches_its_first_optimizer_step(words, selected, data, tmp_path, monkeypatch):
-    if words in ON_ONE_GPU:
+@pytest.mark.parametrize("words", [*TRAININGS, _without(TRAININGS[0], "--initialize")])
+def test_training_reaches_its_first_optimizer_step(words, selected, data, tmp_path, monkeypatch):
+    if words in TRAININGS[4:6]:
         words = [*words, "--batch_size", "16"]  # 512 images at once are for a GPU
     monkeypatch.setattr(torchvision.datasets.utils, "check_integrity", lambda *_: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
@@ -199,22 +226,40 @@ def test_training_of_the_readme_reaches_its_first_optimizer_step(words, selected
         torch.set_num_threads(threads)
 
 
-def test_comparison_of_the_readme_runs(tiny_run, tmp_path, monkeypatch):
+def test_comparison_runs(tiny_run, tmp_path, monkeypatch):
     for seed in (0, 1):
         script.main(tiny_run("--seed", seed, "--epochs", "1", output_dir=tmp_path / "results" / str(seed)))
-    words = commands("python compare.py", "compare.py")[0]
+    words = calls("compare.py", "README.md")[0]
     monkeypatch.chdir(tmp_path)
     assert compare.main(placed(words, {"/path/to/results": tmp_path / "results"})) in (None, 0)
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_timm_snippet_of_the_readme_runs(selected):
-    snippet = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
+@pytest.mark.parametrize("page", ["README.md", "docs/selection.md"])
+def test_timm_snippet_runs(page, selected):
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
+    snippet = next(text for text in snippets if "import timm" in text)
     exec(snippet.replace("/path/to/weight_selection", str(selected)), {})
 
 
-def test_links_and_files_that_the_documents_name_exist():
-    for document in ROOT.glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)|src=\"([^\"]+)\"", document.read_text()):
+PARSERS = {"main.py": training_options, "weight_selection.py": selection_options, "compare.py": compare.parse}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_can_be_pasted(page):
+    for block in blocks_of(page):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    for words in commands_of(page):
+        for name in PARSERS.keys() & set(words) if "…" not in words else ():
+            PARSERS[name](words[words.index(name) + 1 :])  # a usage error would end the test
+        if words[1:2] == ["-m"]:
+            assert importlib.util.find_spec(words[2]), f"{page}: {shlex.join(words)}"
+        if words[0].startswith("./"):
+            assert os.access(ROOT / words[0], os.X_OK), f"{page}: {shlex.join(words)}"
+
+
+def test_links_and_files_that_pages_name_exist():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
             name = target[0] or target[1]
-            assert (ROOT / name).exists(), f"{document.name} names {name}"
+            assert ((ROOT / page).parent / name).exists(), f"{page} names {name}"
