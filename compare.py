@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from training.finished import Run, find_runs, read_runs, warn
+from training.finished import FinishedRun, find_runs, read_runs, warn
 from utils import UserError, run_script
 
 # Okabe and Ito's palette, whose colours stay apart for the colour-blind; without its yellow, which is too pale.
@@ -21,7 +21,7 @@ DASH = "–"  # noqa: RUF001
 MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction")
 
 
-def group_runs(runs: list[Run], ignore: list[str]) -> dict[str, list[Run]]:
+def group_runs(runs: list[FinishedRun], ignore: list[str]) -> dict[str, list[FinishedRun]]:
     """Group runs of equal settings, by a label that shows what differs. Of a repeated seed the first run counts."""
     known = sorted({name for run in runs for name in run.settings})
     for name in ignore:
@@ -30,7 +30,7 @@ def group_runs(runs: list[Run], ignore: list[str]) -> dict[str, list[Run]]:
     files = initialization_names(runs)
     if "initialize" in ignore:  # but keep random init apart from the rest, or there would be no baseline
         files = {sha256: "any" if sha256 else "" for sha256 in files}
-    by_settings: dict[tuple, dict[int, Run]] = defaultdict(dict)
+    by_settings: dict[tuple, dict[int, FinishedRun]] = defaultdict(dict)
     for run in runs:
         kept = {name: value for name, value in run.settings.items() if name not in ignore}
         kept["initialize"] = files[run.settings["initialize"]]
@@ -41,7 +41,7 @@ def group_runs(runs: list[Run], ignore: list[str]) -> dict[str, list[Run]]:
     return {name: list(by_seed.values()) for name, by_seed in zip(labels, by_settings.values(), strict=True)}
 
 
-def initialization_names(runs: list[Run]) -> dict[str, str]:
+def initialization_names(runs: list[FinishedRun]) -> dict[str, str]:
     """Return {sha256: file name}, with the file's folder or part of the sha256 if names alone are not distinct."""
     paths = {run.settings["initialize"]: Path(run.initialize_path) for run in reversed(runs)}
     for style in ("{0.name}", "{0.parent.name}/{0.name}", "{0.name} ({1:.8})"):
@@ -62,7 +62,7 @@ def label(settings: list[dict[str, str]]) -> list[str]:
     return [", ".join(text(name, each.get(name, "unset")) for name in differing) for each in settings]
 
 
-def find_baselines(groups: dict[str, list[Run]], wanted: str | None) -> dict[str, str]:
+def find_baselines(groups: dict[str, list[FinishedRun]], wanted: str | None) -> dict[str, str]:
     """Return {label of a group: label of its baseline}: the group that `wanted` names, for all groups.
 
     Without `wanted`, groups that train the same model on the same data share a baseline: their first with random init,
@@ -90,7 +90,7 @@ def spread(values: list[float]) -> dict:
     return {"n": n, "mean": mean(values) if n else None, "std": stdev(values) if n > 1 else None}
 
 
-def summarize(name: str, runs: list[Run], baseline: list[Run], metric: str) -> dict:
+def summarize(name: str, runs: list[FinishedRun], baseline: list[FinishedRun], metric: str) -> dict:
     """Return a group's figures. A positive gain is the better one; the baseline is not compared with itself."""
     best, sign = (min, -1) if "loss" in metric else (max, 1)
     target = mean(run.last for run in baseline)
@@ -218,6 +218,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the table, and write the files that the options name."""
     options = parse(argv)
+    try:
+        compare(options)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def compare(options: argparse.Namespace) -> None:
     groups = group_runs(read_runs(find_runs(options.runs), options.metric), options.ignore)
     baselines = find_baselines(groups, options.baseline)
     order = list(dict.fromkeys(baselines.values()))
@@ -228,18 +235,15 @@ def main(argv: list[str] | None = None) -> None:
     ]
     text = table(summaries, options.metric)
     print(text, end="")
-    try:
-        for file in filter(None, (options.markdown, options.json, options.plot)):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if options.markdown:
-            options.markdown.write_text(text, encoding="utf-8")
-        if options.json:
-            result = {"metric": options.metric, "groups": summaries}
-            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if options.plot:
-            draw(summaries, options.metric, options.plot)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    for file in filter(None, (options.markdown, options.json, options.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.json:
+        result = {"metric": options.metric, "groups": summaries}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        draw(summaries, options.metric, options.plot)
 
 
 if __name__ == "__main__":

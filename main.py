@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -128,7 +128,7 @@ def train(
     freq, keep = options.save_ckpt_freq, options.save_ckpt_num
     checkpoints = Checkpoints(folder, origin, options.epochs, freq, keep) if folder and options.save_ckpt else None
 
-    def save(metrics: dict | None = None, improved: list[str] = ()) -> None:
+    def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
         """Save the state inside an epoch; with its `metrics`, the state at its end, and as the best if it improved."""
         state = progress.state(steps, metrics)
         if options.bad_images == "skip":

@@ -179,7 +179,7 @@ def run_script(main: Callable[[], object]) -> int:
         message = _explain(error)
         if message is None:
             raise
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
         rank = f" (rank {os.environ['RANK']})" if several and "RANK" in os.environ else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
         return 1

@@ -145,7 +145,7 @@ def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rat
     lines = [
         f"### {name}, batch {batch_size}",
         "",
-        f"{flops / 1e9:.2f} GFLOP an image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
+        f"{flops / 1e9:.2f} GFLOP per image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
         "| what | images/s, median (least..most) | c/a, median of rounds (95 % interval) | c/d | share of that product's speed |",
         "|---|---:|---:|---:|---:|",
@@ -155,7 +155,7 @@ def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rat
         share = "" if task.startswith("b") else f"{100 * middle[task] * flops / peak_rate:.1f} %"
         shown = f"{middle[task]:.1f} ({min(values):.1f}..{max(values):.1f})"
         if task.startswith(HOST_PART):
-            shown += f", {1000 / middle[task]:.4f} ms an image"
+            shown += f", {1000 / middle[task]:.4f} ms per image"
         lines.append(f"| {task} | {shown} | {shares[0]} | {shares[1]} | {share} |")
     lines += ["", *(f"Left out, {way}: {reason}." for way, reason in measured.left_out.items())]
     if measured.compile_seconds is not None:

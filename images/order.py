@@ -46,7 +46,7 @@ def check_batches(num_images: int, batch_size: int, update_freq: int, world_size
         else:
             mend = f"--update_freq can be {num_images // (batch_size * world_size)} at most"
         product = f"--batch_size {batch_size} x --update_freq {update_freq} x {world_size} processes"
-        raise UserError(f"{product} = {total} images an update, but the training set has {num_images}: {mend}")
+        raise UserError(f"{product} = {total} images per update, but the training set has {num_images}: {mend}")
 
 
 def shard(num_images: int, rank: int, world_size: int) -> range:

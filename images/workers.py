@@ -50,7 +50,7 @@ class WorkerBatches:
         try:
             for images, targets in batches:
                 self.gate.close()
-                yield images, targets
+                yield images, torch.from_numpy(targets)
                 self.gate.open()
         except RuntimeError as error:
             if "shared memory" not in str(error):
@@ -73,14 +73,14 @@ class BatchMaker(Dataset):
     def __init__(self, items: Dataset, gate: "Gate"):
         self.items, self.gate, self.memory = items, gate, collections.deque()
 
-    def __getitems__(self, keys: list) -> Batch:
+    def __getitems__(self, keys: list) -> tuple[Tensor, np.ndarray]:
         pixels, targets = None, np.empty(len(keys), np.int64)
         for place, key in enumerate(keys):
             self.gate.wait()
             image, targets[place] = self.items[key]
             pixels = self._room((len(keys), *image.shape), image.dtype) if pixels is None else pixels
             pixels[place] = image
-        return pixels, torch.from_numpy(targets)
+        return pixels, targets  # an array goes through the pipe; a tensor would need a piece of shared memory each time
 
     def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if get_worker_info() is None:
@@ -137,7 +137,7 @@ def training_fills_cores() -> bool:
     return torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= cores
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: tuple[Tensor, np.ndarray]) -> tuple[Tensor, np.ndarray]:
     return batch
 
 

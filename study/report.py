@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import compare
 from study.arms import ARMS
-from training.finished import Run, find_runs, read_runs
+from training.finished import FinishedRun, find_runs, read_runs
 from utils import UserError, run_script
 
 METRIC = "test_acc1"
@@ -48,10 +48,10 @@ PAIRS = (
 )
 SHARES_OF_RUN = (("after 1/10", 1 / 10), ("after 1/3", 1 / 3), ("at the end", 1.0))
 
-Section = dict[str, list[Run]]  # the runs of each arm on one family and share of the data, such as "vit/full"
+Section = dict[str, list[FinishedRun]]  # the runs of each arm on one family and share of the data, such as "vit/full"
 
 
-def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
+def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[FinishedRun]]:
     """Return the students by section and arm, and the teachers. UserError if some runs cannot be compared."""
     sections: dict[str, Section] = defaultdict(lambda: defaultdict(list))
     teachers = []
@@ -72,15 +72,15 @@ def read_study(roots: list[Path]) -> tuple[dict[str, Section], list[Run]]:
     return sections, teachers
 
 
-def check_seeds(runs: list[Run]) -> None:
+def check_seeds(runs: list[FinishedRun]) -> None:
     """Raise UserError if two runs of an arm have the same seed, as runs in two folders may."""
-    first: dict[int, Run] = {}
+    first: dict[int, FinishedRun] = {}
     for run in runs:
         if first.setdefault(run.seed, run) is not run:
             raise UserError(f"{first[run.seed].folder} and {run.folder} are the same seed {run.seed} of an arm")
 
 
-def check_teacher(arm: str, runs: list[Run]) -> None:
+def check_teacher(arm: str, runs: list[FinishedRun]) -> None:
     """Raise UserError if an arm's runs inherit from different teachers.
 
     An arm that draws nothing starts from the same weights for every seed, unless teachers were mixed.
@@ -92,7 +92,7 @@ def check_teacher(arm: str, runs: list[Run]) -> None:
             raise UserError(f"{runs[0].folder} and {run.folder} cannot be compared: they inherit from two teachers")
 
 
-def check_settings(runs: list[Run]) -> None:
+def check_settings(runs: list[FinishedRun]) -> None:
     """Raise UserError unless the runs of a section differ only in initialization and seed."""
     for run in runs[1:]:
         for name in sorted((run.settings.keys() | runs[0].settings.keys()) - {"initialize"}):
@@ -113,17 +113,17 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
     ]
 
 
-def accuracy(run: Run, share: float) -> float:
+def accuracy(run: FinishedRun, share: float) -> float:
     """Return the accuracy after a share of the run's epochs, rounded to at least one epoch."""
     return run.values[max(1, round(share * (max(run.values) + 1))) - 1]
 
 
-def at_share(runs: list[Run], share: float) -> dict:
+def at_share(runs: list[FinishedRun], share: float) -> dict:
     """Return mean and deviation of the accuracy after that share of the epochs."""
     return compare.spread([accuracy(run, share) for run in runs])
 
 
-def differences(first: list[Run], second: list[Run], share: float) -> list[float]:
+def differences(first: list[FinishedRun], second: list[FinishedRun], share: float) -> list[float]:
     """Return `second` minus `first` after that share of the epochs, for each seed that both have."""
     before = {run.seed: accuracy(run, share) for run in first}
     return [accuracy(run, share) - before[run.seed] for run in second if run.seed in before]
@@ -168,7 +168,7 @@ HOW_TO_READ = (
 )
 
 
-def notes(sections: dict[str, Section], teachers: list[Run], out: Path) -> str:
+def notes(sections: dict[str, Section], teachers: list[FinishedRun], out: Path) -> str:
     """Return how to read the tables, what the teachers reached, and the machines and code that ran."""
     by_name = {name: [run for runs in section.values() for run in runs] for name, section in sections.items()}
     reached = []

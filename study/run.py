@@ -209,6 +209,13 @@ def link_data(data: Path, work: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise, so that subprocess.run ends the run as well
+    try:
+        carry_out(options)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def carry_out(options: argparse.Namespace) -> None:
     place = Place(options.work.resolve(), (options.results or ROOT / "results" / f"study-{options.study}").resolve())
     runs = chosen(runs_of(STUDIES[options.study]), options.only)
     if options.list:
@@ -219,11 +226,8 @@ def main(argv: list[str] | None = None) -> None:
             if not place.finished(run):
                 print("\n".join(shlex.join(command) for command in place.commands(run)))
     else:
-        try:
-            link_data(options.data, place.work)
-            make_missing(runs, place)
-        except OSError as error:
-            raise UserError(str(error)) from error
+        link_data(options.data, place.work)
+        make_missing(runs, place)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_broken_image_is_named(workers, tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--update_freq", "6"], "48 images an update, but the training set has 40: --update_freq can be 5 at most"),
+        (["--update_freq", "6"], "48 images per update, but the training set has 40: --update_freq can be 5 at most"),
         (["--batch_size", "64"], "the training set has 40: --batch_size can be 40 at most"),
         (["--warmup_steps", "11"], "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
         (["--model", "vit_tny"], "vit_tny is not a model"),

@@ -115,4 +115,6 @@ def test_fraction_of_one_is_everything():
 def test_update_larger_than_the_data_says_which_number_to_lower(numbers, mend):
     with pytest.raises(UserError, match=mend) as error:
         check_batches(60, *numbers)
-    assert f"= {numbers[0] * numbers[1] * numbers[2]} images an update, but the training set has 60" in str(error.value)
+    assert f"= {numbers[0] * numbers[1] * numbers[2]} images per update, but the training set has 60" in str(
+        error.value
+    )

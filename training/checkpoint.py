@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class Checkpoints:
     freq: int = 1
     keep: int = 1
 
-    def save(self, state: dict, improved: list[str]) -> None:
+    def save(self, state: dict, improved: Sequence[str]) -> None:
         """Write a state under the names of the figures that improved, and under its number if one is due."""
         state = {**state, **self.origin}
         for name in improved:

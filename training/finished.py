@@ -10,7 +10,7 @@ from utils import UserError
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     folder: Path
     seed: int
     settings: dict[str, str]  # "initialize" is the sha256 of the file, "" for random init
@@ -35,7 +35,7 @@ def find_runs(paths: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_run(folder: Path, metric: str) -> Run:
+def read_run(folder: Path, metric: str) -> FinishedRun:
     """Read the finished run in `folder`; UserError says why there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def read_run(folder: Path, metric: str) -> Run:
         raise UserError(f"no {metric} in log.txt, which has {', '.join(sorted(records[-1]))}")
     if epochs - 1 not in values:
         raise UserError(f"unfinished, {len(values)} of {epochs} epochs have {metric}")
-    return Run(folder, seed, settings, initialization["path"], values, last=values[epochs - 1])
+    return FinishedRun(folder, seed, settings, initialization["path"], values, last=values[epochs - 1])
 
 
 def settings_of(options: dict, processes: int, sha256: str) -> dict[str, str]:
@@ -75,7 +75,7 @@ def settings_of(options: dict, processes: int, sha256: str) -> dict[str, str]:
     return settings
 
 
-def read_runs(folders: list[Path], metric: str) -> list[Run]:
+def read_runs(folders: list[Path], metric: str) -> list[FinishedRun]:
     """Read the runs that can be compared, with a warning for each of the others that says why it cannot."""
     runs = []
     for folder in folders:

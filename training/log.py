@@ -1,5 +1,6 @@
 """Where a run's figures go: log.txt, the console, TensorBoard, Weights & Biases."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,9 +100,10 @@ class Reporter:
 
     def close(self) -> None:
         """Remove the bar from the terminal and close the writers."""
-        self._remove_bar()
-        for writer in self.writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # closes all, whichever of them fails
+            for writer in self.writers:
+                stack.callback(writer.close)
+            self._remove_bar()
 
     def _remove_bar(self) -> None:
         if self.bar is not None:
@@ -125,42 +127,46 @@ def summary(record: dict, best: dict) -> str:
 
 
 class TensorBoard:
-    """Scalars to a folder that TensorBoard reads; points from `first_step` on, of an interrupted run, are hidden."""
+    """Scalars to a folder that TensorBoard reads; points from `first_step` on, of an interrupted run, are hidden.
+
+    This writes events itself, because tensorboardX's SummaryWriter writes them in a thread. A full disk ends that thread,
+    and once its queue of ten events is full the run waits forever (seen on a tmpfs of 64 kB). Its points also reach the
+    disk after the checkpoint of their log step, so a kill in between would lose them.
+    """
 
     def __init__(self, log_dir: str, first_step: int):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError as error:
             raise UserError("--log_dir needs the package tensorboardX: pip install tensorboardX") from error
-        self.log_dir = log_dir
+        self.log_dir, self._event, self._scalar = log_dir, Event, summary.scalar
         try:
-            # SummaryWriter writes in a thread. An error there, as of a full disk, ends the thread, and once its queue of
-            # ten events is full the run waits forever. So the thread must not flush: `write` does, and sees the error.
-            self.writer = SummaryWriter(log_dir, purge_step=first_step, flush_secs=10**6)
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(os.path.join(log_dir, "events"))
+            if first_step:
+                self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._events.flush()
         except OSError as error:
             raise UserError(f"--log_dir {log_dir} cannot be written to: {error.strerror}") from error
 
     def write(self, values: dict[str, float], step: int) -> None:
-        def add() -> None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-
-        self._unless_full(add)
-
-    def close(self) -> None:
-        self._unless_full(lambda: self.writer.close())
-
-    def _unless_full(self, action: Callable[[], None]) -> None:
-        """Do what writes files; give up on TensorBoard at the first error, with a warning."""
-        if self.writer is None:
+        if self._events is None:
             return
         try:
-            action()
+            for name, value in values.items():
+                summary = self._scalar(name, value)
+                self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._events.flush()
         except OSError as error:
             message = "--log_dir %s: %s; nothing more is written there, the training continues"
             log.warning(message, self.log_dir, first_line(error))
-            self.writer = None
+            self._events = None
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
 
 
 class WeightsAndBiases:
