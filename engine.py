@@ -69,7 +69,7 @@ class Precision:
 
 @dataclass
 class Trainer:
-    """The model as it is called (perhaps in DDP) and everything that updates it.
+    """The model, in DDP if there are several processes, and everything that updates it.
 
     `lr` and `weight_decay` hold a value per optimizer step of the whole run. `mixer` mixes (images, targets, key); if it
     is None, targets stay class numbers. `clip_grad` is the largest gradient norm, None for any.

@@ -129,7 +129,7 @@ def train(
     checkpoints = Checkpoints(folder, origin, options.epochs, freq, keep) if folder and options.save_ckpt else None
 
     def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
-        """Save the state inside an epoch; with its `metrics`, the state at its end, and as the best if it improved."""
+        """Save a checkpoint, inside an epoch or, with its `metrics`, at its end; also as the best by each of `improved`."""
         state = progress.state(steps, metrics)
         if options.bad_images == "skip":
             state["bad_images"] = bad_of_all_ranks(images[0])  # a collective: every rank calls `save`
@@ -235,7 +235,7 @@ def make_trainer(
     steps_per_epoch: int,
     update_freq: int,
 ) -> Trainer:
-    """Put together loss, optimizer, schedules and the model as it is called."""
+    """Put together loss, optimizer, schedules and the model, in DDP if there are several processes."""
     groups = parameter_groups(model, options.weight_decay, options.layer_decay)
     optimizer = create_optimizer(
         groups, options.opt, lr=options.lr, momentum=options.momentum, eps=options.opt_eps, betas=options.opt_betas

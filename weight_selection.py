@@ -5,7 +5,7 @@ are two models' tensors by name, without their heads:
 
     def select(teacher, student):
         selected = {}
-        for name, small in student.items():  # equal names: the same place in the same layer, so the first layers are kept
+        for name, small in student.items():  # block 3 reads the teacher's block 3, so the first layers are kept
             tensor = teacher[name]
             for axis, size in enumerate(small.shape):
                 stride = tensor.shape[axis] // size
@@ -15,7 +15,7 @@ are two models' tensors by name, without their heads:
         return selected
 
 The published pairs divide evenly. For any other pair of a family, the script chooses one list of indices per axis group,
-so that all tensors on a channel keep the same channels; it cuts fused projections such as qkv block by block, and can
+so that what one tensor writes to a channel the next one reads from it; it cuts fused projections such as qkv block by block, and can
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 

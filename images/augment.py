@@ -93,7 +93,7 @@ class DeviceAugment:
         `shapes` int [batch, 2] are the images' own heights and widths, which differ from (H, W) if they are stored
         stretched: crops have their aspect in the image itself. None: the images come cropped and flipped, S x S.
         The draws depend on (seed, epoch, index) alone, but the noise of erased boxes on (seed, *key),
-        key = (step, chunk).
+        key = (epoch, chunk).
         """
         self.generator.manual_seed(derive_seed(Stream.NOISE, self.seed, *key))
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 has too few bits for the resizing

@@ -1,4 +1,4 @@
-"""Three ways of images to the training device: by timm, by timm from a cache, augmented on the device from pixels."""
+"""Batches for training and evaluation: timm's transforms on files or on cached pixels, or augmentation on the device."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def make_val_loader(options: argparse.Namespace, images: Images, device: torch.d
 def train_batches(
     images: Images, order: TrainBatches, view: View, augmentation: Augmentation, loading: Loading
 ) -> "WorkerBatches | AugmentedBatches":
-    """Make one rank's training batches (float [batch, 3, S, S], class numbers [batch]): each pass the next in `order`."""
+    """Make one rank's training batches (float [batch, 3, S, S], class numbers [batch]): each iteration yields the epoch that `order` is set to."""
     by_timm = augmentation.augment == "timm"
     # built before the cache: options that it refuses should not cost hours of decoding
     augment = train_transform(view, augmentation) if by_timm else DeviceAugment(view, augmentation, loading.device)
@@ -93,7 +93,7 @@ def _from_workers(items: Dataset, batch_sampler, loading: Loading, persistent: b
 def eval_batches(
     images: Images, indices: Sequence[int], batch_size: int, view: View, loading: Loading
 ) -> "WorkerBatches | EvaluationBatches":
-    """Make batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; equal by every way."""
+    """Make batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; the values do not depend on the cache."""
     if loading.cache == "none":
         transformed = TransformedImages(images, eval_transform(view))
         order = BatchSampler(indices, batch_size, drop_last=False)
@@ -103,7 +103,9 @@ def eval_batches(
         return EvaluationBatches(
             resident_on(cached, None, loading.pin_memory), indices, batch_size, view, loading.device
         )
-    share = resident_on(cached, loading.device, loading.pin_memory, np.array(indices))  # a card needs no other rank's
+    share = resident_on(
+        cached, loading.device, loading.pin_memory, np.array(indices)
+    )  # each card holds only its rank's share
     return EvaluationBatches(share, range(len(share)), batch_size, view, loading.device)
 
 

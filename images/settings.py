@@ -1,4 +1,4 @@
-"""What the options say about images, as values that functions pass on: how an image is seen, augmented and loaded."""
+"""Three groups of options as values: how the model sees an image, how training changes it, how it is loaded."""
 
 import argparse
 from collections.abc import Sequence

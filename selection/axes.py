@@ -80,7 +80,7 @@ class AxisGroups:
         return tuple(factors) if any(isinstance(factor, str) for factor in factors) else None
 
     def _names(self, word: str) -> list[str]:
-        """The factors of an axis. Blended heads are one factor, chosen from as if there were no heads."""
+        """The factors of an axis. Blended heads are one factor, heads x channels."""
         names = word.split("*")
         slots = next((place for place, name in enumerate(names) if name.endswith(".slots")), None)
         if slots is not None and self._heads == "blend":
@@ -121,7 +121,7 @@ class AxisGroups:
 
 
 def _factor_sizes(key: str, names: list[str], counts: list[int | None], size: int) -> list[int]:
-    """Find the size of each factor of an axis of `size`. One that is neither a number nor counted is what is left."""
+    """Find the size of each factor of an axis of `size`. At most one may be unknown; it gets the quotient."""
     known = [int(name) if name.isdigit() else count for name, count in zip(names, counts, strict=True)]
     if known.count(None) > 1:
         raise Refused("unknown tensor", f"{key}: how its axis of {size} divides into {' x '.join(names)} is not known")

@@ -86,7 +86,7 @@ class _Matching:
     def _source(self, key: str) -> Source:
         shape, teacher_key = self.student.shapes[key], self._counterpart(key)
         if teacher_key is None:
-            return self._beginning(key, shape)
+            return self._without_teacher(key, shape)
         steps = self._folding_steps(key)
         pair = TensorPair(key, self.teacher.shapes[teacher_key], shape)
         if {len(pair.teacher), len(pair.student)} == {2, 4}:
@@ -122,8 +122,8 @@ class _Matching:
             return "cls_token"
         return None
 
-    def _beginning(self, key: str, shape: tuple[int, ...]) -> Source:
-        """Start a tensor that the teacher lacks: at a value that changes nothing, or as a new token."""
+    def _without_teacher(self, key: str, shape: tuple[int, ...]) -> Source:
+        """Make a tensor that the teacher lacks: filled with a neutral value, or noise for a token."""
         value, _ = self.family.find(self.family.neutral, key)
         if value is None and key.endswith(".bias") and self._counterpart(f"{key[:-4]}weight"):
             value = 0.0

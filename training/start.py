@@ -53,7 +53,7 @@ class Start:
         return options["update_freq"]
 
     def check_data(self, data: dict) -> None:
-        """UserError if the classes or the number of training images differ from the checkpoint's; None is unknown."""
+        """UserError if the classes or the number of training images differ from the checkpoint's; a value of None is not compared."""
         for name, value in data.items() if self.state else ():
             then = self.state["data"].get(name)
             if None not in (value, then) and then != value:
@@ -90,7 +90,7 @@ class Start:
 def find_start(options: argparse.Namespace, output_dir: Path | None) -> Start:
     """Find where the run starts, and read the checkpoint if it is one. UserError if the processes find different ones."""
     # A run starts from the first of these that there is:
-    #   1. the newest checkpoint in --output_dir (an explicit --resume wins, unless the run in the folder began with it),
+    #   1. the newest checkpoint in --output_dir; with --resume only if the run there began with this very file,
     #   2. the checkpoint of --resume,
     #   3. the weights of --initialize,
     #   4. random weights.
@@ -154,8 +154,8 @@ def differing(then: dict, now: dict) -> list[str]:
 def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
     """Return the `--update_freq` that keeps the checkpoint's total batch on this many processes.
 
-    Return the given one unchanged if it keeps the total batch, if it is not the checkpoint's own either, or if no
-    number would do.
+    Return the given one unchanged if it keeps the total batch, if the user asked for another one than the
+    checkpoint's, if no whole number keeps the total, or if CUDA graphs forbid accumulation.
     """
     then, given = training_defaults() | saved["options"], options["update_freq"]
     total = (saved["update_freq"] or then["update_freq"]) * saved["processes"]
