@@ -6,6 +6,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from bench import survive
+from images.images import Images
 from images.settings import Augmentation, Loading, View
 from options import training_options
 
@@ -51,6 +53,21 @@ def write_images(root: Path, split: str, classes: dict[str, int], size: int = 32
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image:03}.jpg")
 
 
+def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture without sharp edges, uint8 [height, width, 3]."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_smooth(root: Path, sizes: list[tuple[int, int]], split: str = "train", suffix: str = ".png") -> Path:
+    """A folder with one smooth picture of each (height, width), in two classes by turns; return `root`."""
+    for number, size in enumerate(sizes):
+        folder = root / split / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth(*size, number)).save(folder / f"{number:03}{suffix}", quality=95)
+    return root
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """40 training and 11 evaluation images of 3 classes, 32 px, as `--data_set image_folder` reads them."""
@@ -80,6 +97,17 @@ def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Load
     options = training_options(["--num_workers", "0", *words])
     loading = Loading.from_options(options, torch.device(device))
     return View.from_options(options), Augmentation.from_options(options), loading
+
+
+def noise(count: int) -> Images:
+    """`count` different pictures of 32 px with labels 0, 1, 2, 0, ..."""
+    arrays = np.random.RandomState(0).randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
+
+
+def generators() -> tuple:
+    """The state of the three global generators."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def read_log(folder: Path) -> list[dict]:

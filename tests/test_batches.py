@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_weights, read_log, settings, weights_of
+from conftest import assert_equal_weights, read_log, settings, smooth, weights_of, write_smooth
 from PIL import Image
 
 import datasets
@@ -13,25 +13,18 @@ from images.batches import AugmentedBatches, Resident, resident_on, train_batche
 from images.cache import Shrink, cache_images
 from images.crop import RandomCrop
 from images.order import TrainBatches
-from utils import UserError
 
 PLAIN = ["--augment", "device", "--aa", "none", "--color_jitter", "0", "--reprob", "0"]
 
 
-def smooth(height, width, seed=0):
-    """A picture without sharp edges, [height, width, 3] uint8."""
-    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+def load(root):
+    return datasets.load_images("image_folder", str(root), True)
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """Eight JPEG files of one size, larger than what they are trained at."""
-    for number in range(8):
-        folder = tmp_path / "train" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(smooth(160, 200, number)).save(folder / f"{number}.jpg", quality=95)
-    return datasets.load_images("image_folder", str(tmp_path), True)
+    return load(write_smooth(tmp_path, [(160, 200)] * 8, suffix=".jpg"))
 
 
 def train_loader(images, *words, input_size=48, update_freq=1):
@@ -59,8 +52,8 @@ def levels(images):
 
 @pytest.mark.parametrize("input_size", [32, 48])
 def test_crops_of_workers_are_the_crops_of_the_device(input_size, pictures):
-    by_workers = batches(pictures, input_size=input_size)
-    on_device = batches(pictures, "--cache", "device", input_size=input_size)
+    by_workers = batches(pictures, input_size=input_size, epoch=1)
+    on_device = batches(pictures, "--cache", "device", input_size=input_size, epoch=1)
     assert len(by_workers) == len(on_device) == 4
     for (images, targets), (others, labels) in zip(by_workers, on_device, strict=True):
         assert images.shape == (2, 3, input_size, input_size) and torch.equal(targets, labels)
@@ -69,15 +62,12 @@ def test_crops_of_workers_are_the_crops_of_the_device(input_size, pictures):
 
 
 def test_cache_on_the_device_gives_what_memory_gives(pictures):
-    for (images, targets), (others, labels) in zip(
-        batches(pictures, "--cache", "ram", input_size=112),
-        batches(pictures, "--cache", "device", input_size=112),
-        strict=True,
-    ):
+    ram, device = (batches(pictures, "--cache", kind, input_size=112) for kind in ("ram", "device"))
+    for (images, targets), (others, labels) in zip(ram, device, strict=True):
         assert torch.equal(images, others) and torch.equal(targets, labels)
 
 
-def test_images_far_larger_than_the_input_are_cropped_by_workers_from_memory(pictures):
+def test_workers_crop_cached_images_far_larger_than_the_input(pictures):
     assert isinstance(train_loader(pictures, "--cache", "ram", input_size=112).pixels, Resident)
     assert not isinstance(train_loader(pictures, "--cache", "ram", input_size=48).pixels, Resident)
     for (images, targets), (others, labels) in zip(batches(pictures, "--cache", "ram"), batches(pictures), strict=True):
@@ -91,14 +81,10 @@ def test_stretched_images_are_cropped_in_their_own_shape(pictures):
     assert (levels(stretched) - levels(augmented(whole, cached.shapes))).abs().mean() < 3
 
 
-def test_images_of_several_sizes_are_cropped_by_workers_from_memory(tmp_path):
-    for number, (height, width) in enumerate([(60, 80), (80, 60)] * 2):
-        folder = tmp_path / "train" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(smooth(height, width, number)).save(folder / f"{number}.png")
-    images = datasets.load_images("image_folder", str(tmp_path), True)
-    cached, plain = batches(images, "--cache", "ram"), batches(images)
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(cached, plain, strict=True))
+def test_workers_crop_cached_images_of_several_sizes(tmp_path):
+    images = load(write_smooth(tmp_path, [(60, 80), (80, 60)] * 2))
+    for (cached, _), (plain, _) in zip(batches(images, "--cache", "ram"), batches(images), strict=True):
+        assert torch.equal(cached, plain)
 
 
 def test_jpeg_is_decoded_small_only_where_the_crop_allows_it(tmp_path, monkeypatch):
@@ -116,25 +102,16 @@ def test_jpeg_is_decoded_small_only_where_the_crop_allows_it(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("words", [[], ["--cache", "ram"], ["--cache", "device"], ["--num_workers", "2"]])
-def test_resumed_run_on_the_device_way_equals_the_uninterrupted_one(words, tiny_run, tmp_path):
+def test_resumed_device_way_equals_the_uninterrupted_one(words, tiny_run, tmp_path):
     more = ["--augment", "device", "--update_freq", "2", *words]
-    script.main(tiny_run(*more, output_dir=tmp_path / "whole"))
-    script.main(tiny_run(*more, "--save_ckpt_freq", "1", output_dir=tmp_path / "parts"))
-    (tmp_path / "parts" / "checkpoint-1.pth").unlink()
-    (tmp_path / "parts" / "checkpoint-best.pth").unlink(missing_ok=True)
-    script.main(tiny_run(*more, output_dir=tmp_path / "parts"))
-    assert_equal_weights(*(weights_of(tmp_path / name) for name in ("whole", "parts")))
-    assert len(read_log(tmp_path / "parts")) == 2
-
-
-def test_device_way_draws_anew_each_epoch(pictures):
-    first, second = batches(pictures), batches(pictures, epoch=1)
-    assert not torch.equal(first[0][0], second[0][0])
-
-
-def test_device_way_refuses_policies_that_it_does_not_have(tiny_run):
-    with pytest.raises(UserError, match="--augment device does not offer --aa 'augmix-m5'"):
-        script.main(tiny_run("--augment", "device", "--aa", "augmix-m5"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script.main(tiny_run(*more, output_dir=whole))
+    script.main(tiny_run(*more, "--save_ckpt_freq", "1", output_dir=parts))
+    (parts / "checkpoint-1.pth").unlink()
+    (parts / "checkpoint-best.pth").unlink(missing_ok=True)
+    script.main(tiny_run(*more, output_dir=parts))
+    assert_equal_weights(weights_of(whole), weights_of(parts))
+    assert len(read_log(parts)) == 2
 
 
 def test_batches_of_pixels_know_the_chunk_that_they_are(pictures):

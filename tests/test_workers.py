@@ -1,21 +1,18 @@
 """Batches from workers: the same ones however many make them, in memory that is used again, by workers that yield."""
 
+import functools
 import multiprocessing
 import os
-import random
 import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import settings
-from PIL import Image
+from conftest import generators, noise, settings
 from torch.utils.data import BatchSampler, get_worker_info
 
 from images import workers
-from images.images import Images
 from images.order import TrainBatches, shard
 from images.transforms import TransformedImages, eval_transform, train_transform
 from training import signals as stopping
@@ -23,30 +20,18 @@ from utils import UserError
 
 VIEW, RECIPE, _ = settings("--input_size", "32")
 ALONE = {"num_workers": 0, "pin_memory": False}
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def noise(count):
-    """`count` different pictures with labels 0, 1, 2, 0, ..."""
-    arrays = np.random.RandomState(0).randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Images("noise", np.arange(count) % 3, source=[(Image.fromarray(array),) for array in arrays])
-
-
-def order(count, batch_size):
-    return TrainBatches(count, batch_size=batch_size, update_freq=1, world_size=1, rank=0, seed=0)
 
 
 def training_batches(num_workers, **options):
     items = TransformedImages(noise(24), train_transform(VIEW, RECIPE), seed=0)
-    options = {"num_workers": num_workers, "pin_memory": False, "persistent": True, **options}
-    return workers.WorkerBatches(items, order(24, 4), **options)
+    order = TrainBatches(24, batch_size=4, update_freq=1, world_size=1, rank=0, seed=0)
+    return workers.WorkerBatches(items, order, **{**ALONE, "num_workers": num_workers, "persistent": True, **options})
 
 
-def evaluation_batches(indices, batch_size, **options):
+def evaluation_batches(indices, num_workers):
     items = TransformedImages(noise(11), eval_transform(VIEW))
-    return workers.WorkerBatches(items, BatchSampler(indices, batch_size, False), **{**ALONE, **options})
+    return workers.WorkerBatches(items, BatchSampler(indices, 2, False), **{**ALONE, "num_workers": num_workers})
 
 
 def copied(batches):
@@ -65,40 +50,26 @@ def numbers(count, batch_size=1, num_workers=0, **options):
     return workers.WorkerBatches(Numbers(), keys, **{**ALONE, "num_workers": num_workers, **options})
 
 
-def generators():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-# --- which batches
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_batches_are_equal_whatever_the_number_of_workers(epochs):
+def test_batches_are_equal_whatever_the_number_of_workers():
     passes = []
     for count, yielding in ((0, False), (1, True), (2, False), (3, True)):
-        batches = training_batches(count, yielding=yielding)
-        for epoch in range(epochs):
+        batches, result = training_batches(count, yielding=yielding), []
+        for epoch in range(2):
             batches.batch_sampler.set_epoch(epoch)
-            result = copied(batches)
+            result += copied(batches)
         passes.append([torch.cat(column) for column in zip(*result, strict=True)])
     for images, labels in passes[1:]:
-        assert torch.equal(images, passes[0][0])
-        assert torch.equal(labels, passes[0][1])
-    assert images.shape == (24, 3, 32, 32)
-    assert labels.dtype == torch.int64
+        assert torch.equal(images, passes[0][0]) and torch.equal(labels, passes[0][1])
+    assert (images.shape, labels.dtype) == ((48, 3, 32, 32), torch.int64)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_keeps_the_order_of_its_indices(num_workers):
-    batches = evaluation_batches(shard(11, 1, 2), 2, num_workers=num_workers)
+    batches = evaluation_batches(shard(11, 1, 2), num_workers)
     images = torch.cat([images for images, _ in copied(batches)])
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
     assert torch.equal(images, torch.stack([batches.loader.dataset.items[index][0] for index in (1, 3, 5, 7, 9)]))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_shard_without_images_gives_no_batches(num_workers):
-    assert not list(evaluation_batches(shard(2, 3, 4), 2, num_workers=num_workers))
+    assert not list(evaluation_batches(shard(2, 3, 4), num_workers))  # a share without images
 
 
 def test_a_pass_that_was_left_early_does_not_leak_into_the_next():
@@ -110,11 +81,8 @@ def test_a_pass_that_was_left_early_does_not_leak_into_the_next():
 
 def test_passes_leave_the_global_generators_as_they_were():
     before = generators()
-    list(training_batches(0)), list(evaluation_batches(range(11), 5))
+    list(training_batches(0)), list(evaluation_batches(range(11), 0))
     assert generators() == before
-
-
-# --- their memory
 
 
 def test_a_batch_holds_until_the_next_is_asked_for():
@@ -145,17 +113,9 @@ def test_too_little_shared_memory_is_one_line(monkeypatch):
 
 
 def test_batches_of_a_spawned_worker_are_the_same(monkeypatch):
-    there = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(torch.multiprocessing, "Process", there.Process)
-    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda *_: there)
-    loaders = workers.DataLoader
-    monkeypatch.setattr(
-        workers, "DataLoader", lambda *args, **more: loaders(*args, **more, multiprocessing_context=there)
-    )
+    spawning = functools.partial(workers.DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr(workers, "DataLoader", spawning)
     assert [int(images[0, 0]) for images, _ in numbers(7, num_workers=1, yielding=True)] == list(range(7))
-
-
-# --- the workers
 
 
 def test_training_workers_persist_and_evaluation_workers_do_not():
@@ -166,10 +126,7 @@ def test_training_workers_persist_and_evaluation_workers_do_not():
         return {child.pid for child in set(multiprocessing.active_children()) - before}
 
     training, evaluation = numbers(3, num_workers=1, persistent=True), numbers(3, num_workers=1)
-    assert pids(training)
-    assert not pids(training)
-    assert pids(evaluation)
-    assert pids(evaluation)
+    assert [bool(pids(batches)) for batches in (training, training, evaluation, evaluation)] == [1, 0, 1, 1]
 
 
 def test_workers_leave_signals_to_the_run():
@@ -193,7 +150,7 @@ class Clock(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_yielding_workers_stand_still_while_threads_that_fill_the_cores_train(monkeypatch, threads):
+def test_yielding_workers_wait_while_training_fills_the_cores(monkeypatch, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     options = {**ALONE, "num_workers": 1, "yielding": True}
@@ -231,29 +188,10 @@ def test_leaving_a_pass_lets_its_workers_end_at_once(monkeypatch):
     assert time.monotonic() - start < 2
 
 
-# --- the device
-
-
-def test_batches_pass_ahead_in_their_order():
-    given = [(torch.full((2,), number), torch.tensor(number)) for number in range(3)]
-    assert [int(target) for _, target in workers.ahead(iter(given), torch.device("cpu"))] == [0, 1, 2]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_copied_ahead_are_the_batches():
-    batches = [(torch.full((64, 3, 64, 64), float(n)), torch.full((64,), n)) for n in range(6)]
-    pinned = [tuple(part.pin_memory() for part in batch) for batch in batches]
-    seen = [
-        (float(images.mean()), int(targets[0])) for images, targets in workers.ahead(pinned, torch.device("cuda", 0))
-    ]
-    assert seen == [(float(n), n) for n in range(6)]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_of_workers_reach_the_card_before_their_memory_is_used_again(num_workers):
+def test_batches_reach_the_card_before_their_memory_is_reused(num_workers):
     batches = numbers(64, 4, num_workers=num_workers, pin_memory=True)
-    sums = [images.sum() for images, _ in workers.ahead(batches, torch.device("cuda", 0))]
-    assert [int(value) for value in sums] == [4 * (4 * n) + 6 for n in range(16)]
+    sums = [(images.sum(), labels.sum()) for images, labels in workers.ahead(batches, torch.device("cuda", 0))]
+    assert [(int(images), int(labels)) for images, labels in sums] == [(16 * n + 6, 16 * n + 6) for n in range(16)]

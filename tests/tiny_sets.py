@@ -20,21 +20,24 @@ def pixels(label, size):
     return np.full((size, size, 3), colour(label), dtype=np.uint8)
 
 
-def write_image(path, label, size=24):
+def made(path):
+    """`path`, once the folders that it is in are there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels(label, size)).save(path)
+    return path
+
+
+def write_image(path, label, size=24):
+    Image.fromarray(pixels(label, size)).save(made(path))
 
 
 def write_text(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    made(path).write_text("\n".join(lines) + "\n")
 
 
 def write_cifar(folder, batches, label_key, meta, name_key, classes):
-    folder.mkdir()
     for file, labels in batches.items():
         rows = np.stack([pixels(label, 32).transpose(2, 0, 1).reshape(-1) for label in labels])
-        (folder / file).write_bytes(pickle.dumps({"data": rows, label_key: labels}))
+        made(folder / file).write_bytes(pickle.dumps({"data": rows, label_key: labels}))
     (folder / meta).write_bytes(pickle.dumps({name_key: [f"class{n}" for n in range(classes)]}))
 
 
@@ -49,53 +52,47 @@ def write_cifar100(root):
 
 
 def write_flowers(root):
-    folder = root / "flowers-102"
     labels = np.array([77, 1, 102, 50, 13, 2])  # of images 1 to 6, counted from 1
     for number, label in enumerate(labels, 1):
-        write_image(folder / "jpg" / f"image_{number:05d}.jpg", label - 1)
-    savemat(folder / "imagelabels.mat", {"labels": labels[None]})
-    savemat(folder / "setid.mat", {"trnid": [[4, 1]], "valid": [[2, 6]], "tstid": [[3, 5]]})
+        write_image(root / "flowers-102" / "jpg" / f"image_{number:05d}.jpg", label - 1)
+    savemat(root / "flowers-102" / "imagelabels.mat", {"labels": labels[None]})
+    savemat(root / "flowers-102" / "setid.mat", {"trnid": [[4, 1]], "valid": [[2, 6]], "tstid": [[3, 5]]})
 
 
 def write_pets(root):
-    folder = root / "oxford-iiit-pet"
     lines = {"trainval": ["Abyssinian_1 1 1 1", "yorkshire_terrier_12 37 2 25"], "test": ["american_bulldog_3 2 2 1"]}
     for part, rows in lines.items():
-        write_text(folder / "annotations" / f"{part}.txt", rows)
-        for row in rows:
-            name, label, _, _ = row.split()
-            write_image(folder / "images" / f"{name}.jpg", int(label) - 1)
+        write_text(root / "oxford-iiit-pet" / "annotations" / f"{part}.txt", rows)
+        for name, label, _, _ in map(str.split, rows):
+            write_image(root / "oxford-iiit-pet" / "images" / f"{name}.jpg", int(label) - 1)
 
 
 def write_stl10(root):
     folder = root / "stl10_binary"
-    folder.mkdir()
+    write_text(folder / "class_names.txt", [f"thing{n}" for n in range(10)])
     for part, labels in {"train": [0, 9, 4], "test": [2, 1]}.items():
         planes = [pixels(label, 96).transpose(2, 1, 0) for label in labels]  # column by column
         np.stack(planes).tofile(folder / f"{part}_X.bin")
         (np.array(labels, dtype=np.uint8) + 1).tofile(folder / f"{part}_y.bin")
     (folder / "unlabeled_X.bin").touch()
-    write_text(folder / "class_names.txt", [f"thing{n}" for n in range(10)])
 
 
 def write_food101(root):
-    folder = root / "food-101"
-    listing = {"train": {"beignets": ["beignets/7"], "apple_pie": ["apple_pie/1", "apple_pie/2"]}}
-    listing["test"] = {"apple_pie": ["apple_pie/3"], "beignets": ["beignets/8"]}
+    listing = {"train": {"beignets": [7], "apple_pie": [1, 2]}, "test": {"apple_pie": [3], "beignets": [8]}}
     for part, classes in listing.items():
-        write_text(folder / "meta" / f"{part}.json", [json.dumps(classes)])
-        for name, files in classes.items():
-            for file in files:
-                write_image(folder / "images" / f"{file}.jpg", sorted(classes).index(name))
+        files = {name: [f"{name}/{number}" for number in numbers] for name, numbers in classes.items()}
+        write_text(root / "food-101" / "meta" / f"{part}.json", [json.dumps(files)])
+        for label, name in enumerate(("apple_pie", "beignets")):
+            for file in files[name]:
+                write_image(root / "food-101" / "images" / f"{file}.jpg", label)
 
 
 def write_dtd(root):
-    folder = root / "dtd" / "dtd"
     for number, part in enumerate(("train", "val", "test")):
         names = [f"{texture}/{texture}_{number:04d}.jpg" for texture in ("banded", "woven")]
-        write_text(folder / "labels" / f"{part}1.txt", names)
+        write_text(root / "dtd" / "dtd" / "labels" / f"{part}1.txt", names)
         for label, name in enumerate(names):
-            write_image(folder / "images" / name, label)
+            write_image(root / "dtd" / "dtd" / "images" / name, label)
 
 
 def write_svhn(root):
@@ -107,21 +104,19 @@ def write_svhn(root):
 
 def write_idx(path, array):
     header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(header + array.tobytes())
+    made(path).write_bytes(header + array.tobytes())
 
 
 def write_fashion_mnist(root, folder="FashionMNIST"):
-    folder = root / folder / "raw"
-    folder.mkdir(parents=True)
     for part, labels in {"train": [3, 0, 9, 1], "t10k": [7, 2]}.items():
         grey = np.stack([np.full((28, 28), 10 * label, dtype=np.uint8) for label in labels])
-        write_idx(folder / f"{part}-images-idx3-ubyte", grey)
-        write_idx(folder / f"{part}-labels-idx1-ubyte", np.array(labels, dtype=np.uint8))
+        write_idx(root / folder / "raw" / f"{part}-images-idx3-ubyte", grey)
+        write_idx(root / folder / "raw" / f"{part}-labels-idx1-ubyte", np.array(labels, dtype=np.uint8))
 
 
-def write_folder(root, counts=None):
-    for part, count in (counts or {"train": 3, "val": 2}).items():
-        for label, name in enumerate(("cat", "dog")):
+def write_folder(root, counts=(("train", 3), ("val", 2)), classes=("cat", "dog")):
+    for part, count in dict(counts).items():
+        for label, name in enumerate(classes):
             for number in range(count):
                 write_image(root / part / name / f"{number}.png", label)
 
@@ -131,25 +126,22 @@ def write_parquet(folder, label_column="label", broken=()):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True)
-    encoded = []
-    for label in range(5):
-        stream = io.BytesIO()
+    streams = [io.BytesIO() for label in range(5)]
+    for label, stream in enumerate(streams):
         Image.fromarray(pixels(label, 16)).save(stream, "PNG")
-        encoded.append({"bytes": stream.getvalue()[: 20 if label in broken else None], "path": None})
+        stream.truncate(20 if label in broken else None)
+    encoded = [{"bytes": stream.getvalue(), "path": None} for stream in streams]
     labels = {"names": ["a", "b", "c", "d", "e"], "_type": "ClassLabel"}
     info = {"info": {"features": {"image": {"_type": "Image"}, label_column: labels}}}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), (label_column, pa.int64())], metadata={"huggingface": json.dumps(info)})
     table = pa.Table.from_pydict({"image": encoded, label_column: list(range(5))}, schema=schema)
-    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    pq.write_table(table, made(folder / "train-00000-of-00001.parquet"))
     pq.write_table(table.slice(0, 2), folder / "validation-00000-of-00001.parquet")
 
 
 def write_eurosat(root):
-    for label, name in enumerate(("AnnualCrop", "Forest")):
-        for number in range(10):
-            write_image(root / "eurosat" / "2750" / name / f"{name}_{number}.jpg", label)
+    write_folder(root / "eurosat", {"2750": 10}, ("AnnualCrop", "Forest"))
 
 
 # name: writer, training labels, evaluation labels, number of classes, size of an image
