@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_models
 import torch
 from PIL import Image
 
+import models
 from bench import survive
 from images.images import Images
 from images.settings import Augmentation, Loading, View
@@ -90,6 +92,14 @@ def tiny_run(image_folder, tmp_path):
         return [*TINY_MODEL, *data, *recipe.split(), "--output_dir", str(output_dir), *" ".join(map(str, more)).split()]
 
     return options
+
+
+@pytest.fixture
+def small_teacher(tmp_path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The path of a file with the weights of the script's small teacher, and these weights."""
+    weights = small_models.random_tensors(models.create("vit_tiny", small_models.SCRIPT_TEACHER), torch.float32)
+    torch.save(weights, tmp_path / "teacher.pth")
+    return str(tmp_path / "teacher.pth"), weights
 
 
 def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Loading]:

@@ -1,7 +1,5 @@
 """What the tests of selection share: small models of each kind in each family, values for them, and their plans."""
 
-from pathlib import Path
-
 import torch
 from timm.layers import GluMlp
 from timm.models import MlpMixer, register_model
@@ -35,47 +33,45 @@ SCRIPT_TEACHER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, 
 SCRIPT_STUDENT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
+# names of timm's models, and arguments that several tests give
+VIT_T, VIT_B, VIT_L = "vit_tiny_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"
+DEIT, SIGLIP, PARALLEL = "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "vit_small_patch16_18x2_224"
+DINOV2_G, EVA02, SWIN_T = "vit_giant_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"
+TWO_REGISTERS, POOL, GROUPS = {**SMALL_VIT, "reg_tokens": 2}, "attn_pool_num_heads", "cardinality"
+TIED = {**RESNET, "channels": (64, 10, 8, 8)}, {**SMALL_RESNET, "channels": (64, 8, 7, 7)}
+
+
 def _pair(name: str, teacher: dict, student: dict, **both) -> tuple[str, dict, str, dict]:
     return name, {**teacher, **both}, name, {**student, **both}
 
 
 # kind of model -> a teacher's name and arguments, a smaller student's
 PAIRS = {
-    "vit": _pair("vit_tiny_patch16_224", VIT, SMALL_VIT),
-    "vit norms in each head": _pair(
-        "vit_tiny_patch16_224", EVA, SMALL_EVA, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True
-    ),
-    "vit parallel": _pair("vit_small_patch16_18x2_224", VIT, SMALL_VIT, init_values=1.0),
+    "vit": _pair(VIT_T, VIT, SMALL_VIT),
+    "vit norms in each head": _pair(VIT_T, EVA, SMALL_EVA, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "vit parallel": _pair(PARALLEL, VIT, SMALL_VIT, init_values=1.0),
     "clip": _pair("vit_base_patch16_clip_224", VIT, SMALL_VIT),
-    "deit distilled": _pair("deit_tiny_distilled_patch16_224", VIT, SMALL_VIT),
-    "siglip": _pair("vit_base_patch16_siglip_224", VIT, SMALL_VIT),
-    "dinov2": _pair("vit_giant_patch14_reg4_dinov2", VIT, {**SMALL_VIT, "reg_tokens": 2}, mlp_ratio=3),
-    "dinov2 pooled by attention": _pair(
-        "vit_giant_patch14_reg4_dinov2", VIT, {**SMALL_VIT, "reg_tokens": 2}, mlp_ratio=3, global_pool="map"
-    ),
+    "deit distilled": _pair(DEIT, VIT, SMALL_VIT),
+    "siglip": _pair(SIGLIP, VIT, SMALL_VIT),
+    "dinov2": _pair(DINOV2_G, VIT, TWO_REGISTERS, mlp_ratio=3),
+    "dinov2 pooled by attention": _pair(DINOV2_G, VIT, TWO_REGISTERS, mlp_ratio=3, global_pool="map"),
     "dinov3": _pair("vit_small_patch16_dinov3_qkvb", EVA, {**SMALL_EVA, "num_reg_tokens": 2}),
-    "eva02": _pair("eva02_tiny_patch14_224", EVA, SMALL_EVA),
+    "eva02": _pair(EVA02, EVA, SMALL_EVA),
     "eva02 separate q k v": _pair("eva02_base_patch14_448", EVA, SMALL_EVA),
-    "perception encoder": _pair(
-        "vit_pe_core_tiny_patch16_384", {**EVA, "attn_pool_num_heads": 4}, {**SMALL_EVA, "attn_pool_num_heads": 3}
-    ),
+    "perception encoder": _pair("vit_pe_core_tiny_patch16_384", {**EVA, POOL: 4}, {**SMALL_EVA, POOL: 3}),
     "convnext": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, conv_mlp=False),
     "convnext stem of stride 2": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, patch_size=2),
     "convnext v2": _pair("convnextv2_atto", CONVNEXT, SMALL_CONVNEXT),
     "convnext overlapping stem": _pair("convnext_atto_ols", CONVNEXT, SMALL_CONVNEXT),
     "convnext stem with activation": _pair("convnext_atto", CONVNEXT, SMALL_CONVNEXT, stem_type="overlap_act"),
-    "swin": _pair("swin_tiny_patch4_window7_224", SWIN, SMALL_SWIN),
+    "swin": _pair(SWIN_T, SWIN, SMALL_SWIN),
     "mixer": _pair("small_mixer", MIXER, SMALL_MIXER),
     "gmixer": _pair("small_mixer", MIXER, SMALL_MIXER, gated=True),
     "resnet basic": _pair("resnet18", RESNET, SMALL_RESNET),
-    "resnet stem tied to stage": _pair(
-        "resnet18", {**RESNET, "channels": (64, 10, 8, 8)}, {**SMALL_RESNET, "channels": (64, 8, 7, 7)}
-    ),
+    "resnet stem tied to stage": _pair("resnet18", *TIED),
     "resnet bottleneck": _pair("resnet50", RESNET, SMALL_RESNET),
     "resnet deep stem": _pair("resnet26d", {**RESNET, "stem_width": 8}, {**SMALL_RESNET, "stem_width": 6}),
-    "resnext": _pair(
-        "resnext50_32x4d", {**RESNET, "cardinality": 4}, {**SMALL_RESNET, "cardinality": 2}, base_width=32
-    ),
+    "resnext": _pair("resnext50_32x4d", {**RESNET, GROUPS: 4}, {**SMALL_RESNET, GROUPS: 2}, base_width=32),
     "seresnet": _pair("seresnet50", RESNET, SMALL_RESNET),
     "resnetrs": _pair("resnetrs50", {**RESNET, "stem_width": 8}, {**SMALL_RESNET, "stem_width": 6}),
 }
@@ -88,25 +84,25 @@ def small_mixer(gated: bool = False, **kwargs) -> nn.Module:
     return MlpMixer(**sizes, **({"mlp_layer": GluMlp} if gated else {}))
 
 
-def random_tensors(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """A state dict for `model` with values that no constructor gives: float64, variances positive."""
-    generator = torch.Generator().manual_seed(seed)
+def random_tensors(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """A state dict for `model` with values that no constructor gives: norms are not 1, biases not 0."""
+    generator = torch.Generator().manual_seed(0)
 
     def values(key: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return torch.tensor(7)  # batches that a norm has seen
         if key.endswith("running_var"):
-            return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / 2
+            return torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+        return torch.randn(tensor.shape, generator=generator, dtype=dtype) / 2
 
     return {key: values(key, tensor) for key, tensor in model.state_dict().items()}
 
 
-def layout(name: str, *, device: str = "meta", **kwargs) -> tuple[Layout, Family]:
-    """The layout of a model, without its head, and its family. A small model is built faster on the CPU."""
+def layout(name: str, device: str = "meta", *, include_head: bool = False, **kwargs) -> tuple[Layout, Family]:
+    """The layout of a model and its family. A small model is built faster on the CPU."""
     model = models.create(name, kwargs, device=device)
     family = FAMILIES[models.family_of(model)]
-    return Layout.of(model, family, models.head_prefixes(model)), family
+    return Layout.of(model, family, () if include_head else models.head_prefixes(model)), family
 
 
 def vit_layout(shapes: dict, grid: tuple[int, int] | None = None) -> tuple[Layout, Family]:
@@ -118,19 +114,6 @@ def plan_of(teacher: tuple[Layout, Family], student: tuple[Layout, Family], choi
     """The plan of two such models."""
     choices = choices or Choices()
     return choose(match(teacher[1], teacher[0], student[0], choices), choices)
-
-
-def random_values(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """A state dict of the model's shapes with values that no constructor gives: norms are not 1, biases not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
-
-
-def save_teacher(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """Write the weights of the script's small teacher to a file; returns its path, and the weights."""
-    weights = random_values(models.create("vit_tiny", SCRIPT_TEACHER))
-    torch.save(weights, folder / "teacher.pth")
-    return str(folder / "teacher.pth"), weights
 
 
 def selected(path, student=SCRIPT_STUDENT, **more):

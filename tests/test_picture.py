@@ -1,3 +1,5 @@
+"""The picture of a plan: its panels and strips in words and numbers, and the file."""
+
 import sys
 
 import numpy as np
@@ -82,31 +84,31 @@ def test_headline_names_both_models_and_the_choices():
     assert headline(describe("convnext"))[1] == "layers: first · elements: uniform · classifier: left out"
 
 
+def drawn(description, path):
+    pytest.importorskip("matplotlib")
+    picture.draw(description, path)
+    return path
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_picture_of_each_family_has_a_sane_size(family, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture.draw(describe(family), tmp_path / "new" / "plan.png")
-    with Image.open(tmp_path / "new" / "plan.png") as image:
+    with Image.open(drawn(describe(family), tmp_path / "new" / "plan.png")) as image:
         width, height = image.size
     assert width <= 16 * 150 and 400 < height <= 20 * 150
 
 
 def test_picture_is_bounded_if_each_tensor_chooses_for_itself(tmp_path):
-    pytest.importorskip("matplotlib")
     description = describe("swin", element_selection="random_inconsistent")
     assert max(map(len, panels(description["plan"]).values())) == MOST_STRIPS
-    picture.draw(description, tmp_path / "plan.png")
-    with Image.open(tmp_path / "plan.png") as image:
+    with Image.open(drawn(description, tmp_path / "plan.png")) as image:
         assert image.height <= 25 * 150
         pixels = np.asarray(image.convert("L"))
     assert (pixels < 100).mean() > 0.1  # strips were drawn
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml")])
-def test_suffix_names_the_format(suffix, start, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture.draw(describe("convnext"), tmp_path / f"plan{suffix}")
-    assert (tmp_path / f"plan{suffix}").read_bytes().startswith(start)
+def test_suffix_names_the_format(tmp_path):
+    for suffix, start in {".pdf": b"%PDF", ".svg": b"<?xml"}.items():
+        assert drawn(describe("convnext"), tmp_path / f"plan{suffix}").read_bytes().startswith(start)
 
 
 def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
@@ -117,11 +119,7 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [
-        ("plan.txt", "ends in .png, .pdf or .svg"),
-        ("folder.png", "is a folder"),
-        ("file/plan.png", "file is not a folder"),
-    ],
+    [("plan.txt", "ends in .png, .pdf or .svg"), ("folder.png", "is a folder"), ("file/plan.png", "is not a folder")],
 )
 def test_a_plot_that_cannot_be_written_is_refused_at_once(name, problem, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
