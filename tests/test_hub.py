@@ -9,7 +9,7 @@ from weight_files import TENSORS, assert_equal, save
 
 import models
 from utils import UserError
-from weightfiles.hub import pretrained_file
+from weightfiles.hub import fetch, pretrained_file
 from weightfiles.lazy import open_weights
 
 COMMIT = "0" * 40
@@ -80,18 +80,37 @@ def test_file_goes_before_the_hub_and_the_hub_before_the_address(hub, tmp_path, 
     assert pretrained_file(known(**everything, source="hf-hub"), "x") == path
 
 
-def test_address_is_downloaded_into_torchs_cache_and_checked(tmp_path, monkeypatch):
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """One file stands at every address: its sha256, and the addresses asked for."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    file, real = save(tmp_path / "w.pth"), torch.hub.download_url_to_file
-    # the only stand-in: torch's downloader reads file: as it reads https:
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, *args, **more: real(file.as_uri(), *args, **more))
-    name = f"w-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth"
+    file, asked, real = save(tmp_path / "w.pth"), [], torch.hub.download_url_to_file
+
+    def from_disk(address, *args, **more):  # the only stand-in: torch's downloader reads file: as it reads https:
+        asked.append(address)
+        return real(file.as_uri(), *args, **more)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", from_disk)
+    return hashlib.sha256(file.read_bytes()).hexdigest(), asked
+
+
+def test_address_is_downloaded_into_torchs_cache_and_checked(downloads, tmp_path):
+    name = f"w-{downloads[0][:8]}.pth"
     path = pretrained_file(known(url=f"https://example.org/a/{name}?download=1"), "x")
     assert path == tmp_path / "torch" / "checkpoints" / name
     assert_equal(open_weights(path), TENSORS)
     with pytest.raises(UserError, match="x cannot be loaded: invalid hash value"):
         pretrained_file(known(url="https://example.org/w-00000000.pth"), "x")
     assert [each.name for each in path.parent.iterdir()] == [name]
+
+
+def test_url_is_fetched_once_and_checked(downloads):
+    sha256, asked = downloads
+    for _ in range(2):
+        assert_equal(open_weights(fetch(f"https://example.org/w.pth#sha256={sha256}")), TENSORS)
+    assert asked == ["https://example.org/w.pth"]
+    with pytest.raises(UserError, match="could not be downloaded: invalid hash value"):
+        fetch(f"https://example.org/w.pth#sha256={'0' * 64}")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +133,6 @@ def test_absent_weights_end_in_one_line_with_the_hint(config, reason, hub, tmp_p
 
 
 def test_repository_that_lacks_a_file_of_its_index_is_refused(hub):
-    hub("us/vit", "model.safetensors.index.json").with_name("model-00002.safetensors").unlink()
+    hub("us/vit", "model.safetensors.index.json").with_name("model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="x cannot be loaded: .*give --pretrained_path FILE"):
         pretrained_file(known(hf_hub_id="us/vit"), "x")

@@ -1,10 +1,15 @@
-"""Weight files for tests: written in every format, damaged, packed anew."""
+"""Weight files for tests: written in every format, damaged, packed anew, refused."""
 
-import json
 import zipfile
 
+import pytest
 import safetensors.torch
 import torch
+
+from bench.fuzz_samples import save_index
+from utils import UserError
+from weightfiles.lazy import open_weights
+from weightfiles.read import read_weights
 
 TENSORS = {
     "norm.weight": torch.arange(6.0),
@@ -18,11 +23,7 @@ TENSORS = {
 def save(path, tensors=TENSORS):
     """Write `tensors` in the way that the file's name tells."""
     if path.name.endswith(".index.json"):
-        parts = {f"model-{i + 1:05}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
-        for name, part in parts.items():
-            safetensors.torch.save_file(part, path.with_name(name))
-        files = {key: name for name, part in parts.items() for key in part}
-        path.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        save_index(tensors, path)
     elif path.suffix == ".safetensors":
         safetensors.torch.save_file(tensors, path)
     else:
@@ -53,3 +54,14 @@ def assert_equal(weights, tensors):
     assert weights.shapes == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         assert weights[key].dtype == tensor.dtype and torch.equal(weights[key], tensor), key
+
+
+def assert_refused(path, message, readers=(read_weights, open_weights)):
+    """Both readers end in one line that names the file and does not advise to run it; return the lines."""
+    lines = []
+    for read in readers:
+        with pytest.raises(UserError, match=message) as caught:
+            dict(read(path))
+        lines.append(str(caught.value))
+        assert path.name in lines[-1] and lines[-1].isprintable() and "weights_only" not in lines[-1]
+    return lines
