@@ -8,6 +8,9 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ import small_models
 import torch
 from PIL import Image
 
+import main
 import models
 from bench import survive
 from images.images import Images
 from images.settings import Augmentation, Loading, View
 from options import training_options
+from utils import UserError
 
 torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
 
@@ -102,6 +107,12 @@ def small_teacher(tmp_path) -> tuple[str, dict[str, torch.Tensor]]:
     return str(tmp_path / "teacher.pth"), weights
 
 
+@pytest.fixture
+def train(tiny_run, tmp_path):
+    """Return a function: main.py with the options of `tiny_run` and more, into this folder in `tmp_path`."""
+    return lambda *more, to="run": main.main(tiny_run(*more, output_dir=tmp_path / to))
+
+
 def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Loading]:
     """How images are seen, augmented and loaded by these options of main.py; by no workers if they do not say."""
     options = training_options(["--num_workers", "0", *words])
@@ -125,6 +136,33 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
+def write_run(folder: Path, accuracies: list[float], *, seed=0, sha256=None, processes=1, **options) -> Path:
+    """A finished run with these test accuracies, one an epoch."""
+    wanted = {"epochs": len(accuracies), "lr": 0.001, "batch_size": 64, "update_freq": 1, "data_set": "digits"}
+    wanted |= {"data_path": "/data", "eval_data_path": None, "output_dir": str(folder), "seed": seed}
+    wanted |= {"initialize": "init/vit.pth" if sha256 else ""} | options
+    source = {"path": wanted["initialize"], "sha256": sha256} if sha256 else None
+    machine = {"device": "cpu", "processes": processes, "threads": 2, "torch": "2", "timm": "1"}
+    config = {"format": "weight-selection run 1", "options": wanted, "initialization": source, "environment": machine}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"revision": "abc"}))
+    lines = [json.dumps({"epoch": epoch, "test_acc1": value}) for epoch, value in enumerate(accuracies)]
+    (folder / "log.txt").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def error_of(script, *arguments) -> str:
+    """The message of the UserError that ends a script."""
+    with pytest.raises(UserError) as error:
+        script.main([*map(str, arguments)])
+    return str(error.value)
+
+
+def has_logged(folder: Path) -> bool:
+    """Whether a run has finished an epoch."""
+    return (folder / "log.txt").exists() and bool(read_log(folder))
+
+
 def weights_of(folder: Path, name: str = "checkpoint-1.pth") -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)["model"]
 
@@ -139,3 +177,23 @@ def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:
     said.unlink(missing_ok=True)
     codes = survive.Job(list(map(str, argv)), 2, said).wait(120)
     return codes, said.read_text()
+
+
+def wait_for(condition, seconds=60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def pids(*described) -> list[int]:
+    """The processes that pgrep finds by these words."""
+    found = subprocess.run(["pgrep", *map(str, described)], capture_output=True, text=True).stdout
+    return list(map(int, found.split()))
+
+
+def start(argv: list, *launcher: str) -> subprocess.Popen:
+    """Start main.py in a process of its own, or by a launcher: the words between python and main.py."""
+    command = [sys.executable, *launcher, str(Path(main.__file__)), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

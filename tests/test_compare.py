@@ -1,15 +1,14 @@
 """compare.py: every figure below is worked out by hand from the accuracies written into the runs."""
 
-import builtins
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import error_of, write_run
 
 import compare
-from utils import UserError
 
 ROOT = Path(compare.__file__).parent
 
@@ -18,20 +17,6 @@ ROOT = Path(compare.__file__).parent
 def root(tmp_path):
     """The folder of the test's runs."""
     return tmp_path / "runs"
-
-
-def write_run(folder, accuracies, *, seed=0, sha256=None, processes=1, **options):
-    """A finished run with these test accuracies, one an epoch."""
-    settings = {"epochs": len(accuracies), "lr": 0.001, "batch_size": 64, "update_freq": 1, "data_set": "digits"}
-    settings |= {"data_path": "/data", "eval_data_path": None, "output_dir": str(folder), "seed": seed}
-    settings |= {"initialize": "init/vit.pth" if sha256 else ""} | options
-    initialization = {"path": settings["initialize"], "sha256": sha256} if sha256 else None
-    config = {"format": "weight-selection run 1", "options": settings, "initialization": initialization}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config | {"environment": {"processes": processes}}))
-    lines = [json.dumps({"epoch": epoch, "test_acc1": value}) for epoch, value in enumerate(accuracies)]
-    (folder / "log.txt").write_text("".join(line + "\n" for line in lines))
-    return folder
 
 
 @pytest.fixture
@@ -51,23 +36,14 @@ def groups_of(*arguments):
     return json.loads(file.read_text())["groups"]
 
 
-def error_of(*arguments):
-    with pytest.raises(UserError) as error:
-        compare.main([*map(str, arguments)])
-    return str(error.value)
-
-
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-# ---- figures ----
-
-
 def test_figures_agree_with_hand_calculation(students):
     random, selected = groups_of(students)
-    assert (random["label"], selected["label"]) == ("random init", "initialize=vit.pth")
-    assert (random["n"], selected["n"]) == (2, 3)
+    assert (random["label"], random["n"]) == ("random init", 2)
+    assert (selected["label"], selected["n"]) == ("initialize=vit.pth", 3)
     # best: 40 and 52; last: 40 and 50; of two values the sample deviation is their difference over the root of 2
     assert random["best"] == pytest.approx({"mean": 46, "std": 12 / 2**0.5, "n": 2})
     assert random["last"] == pytest.approx({"mean": 45, "std": 10 / 2**0.5, "n": 2})
@@ -104,34 +80,29 @@ def test_one_seed_has_no_deviation(root, capsys):
     assert cells(line) == ["initialize=vit.pth", "1", "10.0", "10.0", "– (1 of 1 never)", "-2.5"]  # noqa: RUF001
 
 
-def test_curve_has_the_epochs_that_all_runs_have(root):
-    write_run(root / "whole", [10, 20, 30])
+def test_curve_has_the_epochs_of_all_runs_and_their_later_lines(root):
+    with (write_run(root / "whole", [10, 20, 30]) / "log.txt").open("a") as log:
+        log.write('{"epoch": 2, "test_acc1": 40}\n')
     late = write_run(root / "late", [0, 40, 50], seed=1, start_epoch=1)
     (late / "log.txt").write_text("".join((late / "log.txt").read_text().splitlines(keepends=True)[1:]))
     (group,) = groups_of(root)
-    assert (group["curve"]["epoch"], group["curve"]["mean"]) == ([1, 2], [30, 40])
-
-
-def test_later_line_of_an_epoch_counts(root):
-    with (write_run(root, [10, 20]) / "log.txt").open("a") as log:
-        log.write('{"epoch": 1, "test_acc1": 25}\n')
-    assert groups_of(root)[0]["last"]["mean"] == 25
+    assert (group["curve"]["epoch"], group["curve"]["mean"], group["last"]["mean"]) == ([1, 2], [30, 45], 45)
 
 
 def test_lower_loss_is_better(root):
     for name, losses in {"run": [2.0, 0.5, 1.0], "base": [1.5]}.items():
-        lines = [json.dumps({"epoch": epoch, "test_loss": value}) for epoch, value in enumerate(losses)]
-        (write_run(root / name, losses) / "log.txt").write_text("\n".join(lines))
+        log = write_run(root / name, losses) / "log.txt"
+        log.write_text(log.read_text().replace("test_acc1", "test_loss"))
     group = groups_of(root / "base", root / "run", "--metric", "test_loss")[1]
     assert (group["best"]["mean"], group["last"]["mean"], group["gain"]["mean"]) == (0.5, 1, 0.5)
     assert group["epochs_to_baseline"]["mean"] == 2  # 0.5 is the first at or below the baseline's last, 1.5
 
 
-# ---- groups ----
-
-
 BIRDS, CARS = ({"data_set": "image_folder", "data_path": f"/one/{name}"} for name in ("birds", "cars"))
+ELSEWHERE = {"num_workers": 2, "device": "cpu", "data_path": "/a/x"}  # paths and the machine make no difference
 LARGER = {"lr": 0.002, "model_kwargs": {"depth": 6, "embed_dim": 64}}
+SMALL, COPY = ({"sha256": "aa", "initialize": f"{name}/vit.pth"} for name in ("small", "copy"))
+LARGE = {"sha256": "bb", "initialize": "large/vit.pth"}
 
 
 @pytest.mark.parametrize(
@@ -139,25 +110,17 @@ LARGER = {"lr": 0.002, "model_kwargs": {"depth": 6, "embed_dim": 64}}
     [
         ([{}, {"epochs": 2, "seed": 1}], {"epochs=1": 1, "epochs=2": 1}),
         (
-            # paths and the machine make no difference, settings do
-            [{"num_workers": 2, "device": "cpu", "data_path": "/a/x"}, {"num_workers": 0, "seed": 1}, LARGER],
+            [ELSEWHERE, {"num_workers": 0, "seed": 1}, LARGER],
             {"lr=0.001, model_kwargs=unset": 2, "lr=0.002, model_kwargs={depth: 6, embed_dim: 64}": 1},
         ),
         (
             [{"update_freq": 2}, {"batch_size": 32, "processes": 4, "seed": 1}, {"processes": 4}],
             {"images_per_update=128": 2, "images_per_update=256": 1},
         ),
-        (
-            [BIRDS, BIRDS | {"data_path": "/two/birds", "seed": 1}, CARS],
-            {"data_path=birds": 2, "data_path=cars": 1},
-        ),
+        ([BIRDS, BIRDS | {"data_path": "/two/birds", "seed": 1}, CARS], {"data_path=birds": 2, "data_path=cars": 1}),
         ([CARS, CARS | {"eval_data_path": "/one/vans"}], {"eval_data_path=unset": 1, "eval_data_path=vans": 1}),
         (
-            [
-                {"sha256": "aa", "initialize": "small/vit.pth"},
-                {"sha256": "aa", "initialize": "copy/vit.pth", "seed": 1},
-                {"sha256": "bb", "initialize": "large/vit.pth"},
-            ],
+            [SMALL, COPY | {"seed": 1}, LARGE],
             {"initialize=small/vit.pth": 2, "initialize=large/vit.pth": 1},
         ),
         (
@@ -173,23 +136,23 @@ def test_settings_tell_groups_apart(root, runs, groups):
 
 
 def test_ignored_initialize_keeps_random_init_apart(root):
-    write_run(root / "a", [10])
-    write_run(root / "b", [10], sha256="aa", seed=0)
-    write_run(root / "c", [10], sha256="bb", seed=1)
+    for name, sha256, seed in (("a", None, 0), ("b", "aa", 0), ("c", "bb", 1)):
+        write_run(root / name, [10], sha256=sha256, seed=seed)
     groups = groups_of(root, "--ignore", "initialize")
     assert [(group["label"], group["n"]) for group in groups] == [("random init", 1), ("initialize=any", 2)]
-    error = error_of(root, "--ignore", "colour")
+    error = error_of(compare, root, "--ignore", "colour")
     assert "--ignore colour: no such setting; the settings are data_set, epochs, images_per_update" in error
 
 
-@pytest.mark.parametrize("by", ["label", "folder", "run"])
-def test_baseline_is_the_named_group(students, tmp_path, by):
+def test_baseline_is_the_named_group(students, tmp_path):
     folder = tmp_path / "elsewhere"
     write_run(folder / "lr", [90, 90, 90], lr=0.5)
-    wanted = {"label": "random init, lr=0.5", "folder": folder, "run": folder / "lr"}[by]
-    groups = groups_of(students, folder, "--baseline", wanted)
-    assert [group["baseline"] for group in groups] == ["random init, lr=0.5"] * 3
-    assert groups[0]["label"] == "random init, lr=0.5"
+    for wanted in ("random init, lr=0.5", folder, folder / "lr"):
+        groups = groups_of(students, folder, "--baseline", wanted)
+        assert [group["baseline"] for group in groups] == ["random init, lr=0.5"] * 3
+        assert groups[0]["label"] == "random init, lr=0.5"
+    error = error_of(compare, students, "--baseline", "nothing")
+    assert "--baseline nothing" in error and "random init; initialize=vit.pth" in error
 
 
 def test_each_model_and_data_set_has_its_own_baseline(students, root, capsys):
@@ -204,27 +167,15 @@ def test_each_model_and_data_set_has_its_own_baseline(students, root, capsys):
     assert f"Baseline: {digits}, which ends at 45.0 %; {cifar}, which ends at 3.0 %; init" in capsys.readouterr().out
 
 
-def test_unknown_baseline_is_an_error_naming_the_groups(students):
-    error = error_of(students, "--baseline", "nothing")
-    assert "--baseline nothing" in error and "random init; initialize=vit.pth" in error
-
-
-def test_a_run_named_twice_counts_once(root, capsys):
+def test_run_named_twice_and_repeated_seed_count_once(root, capsys):
     folder = write_run(root / "a", [10])
     assert groups_of(folder, root, folder)[0]["n"] == 1
     assert capsys.readouterr().err == ""
-
-
-def test_repeated_seed_is_left_out_with_a_warning(root, capsys):
-    write_run(root / "a", [10])
     write_run(root / "b", [20])
     (group,) = groups_of(root)
     assert group["n"] == 1 and group["last"]["mean"] == 10
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "runs/b is left out: settings and seed 0 are those of" in error
-
-
-# ---- what is wrong ----
 
 
 @pytest.mark.parametrize(
@@ -255,28 +206,27 @@ def test_unusable_run_is_named_and_the_others_compared(root, capsys, file, conte
     assert error.count("\n") == 1 and f"runs/bad is left out: {reason}" in error
 
 
-@pytest.mark.parametrize("kind", ["missing", "file", "empty"])
-def test_path_without_runs_is_an_error(tmp_path, kind):
+def test_paths_without_runs_and_with_unusable_ones_are_errors(root, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    assert error_of(tmp_path / kind).startswith(f"{tmp_path / kind}: no run in it or below it")
-
-
-def test_only_unusable_runs_are_an_error(root):
+    for name in ("missing", "file", "empty"):
+        assert error_of(compare, tmp_path / name).startswith(f"{tmp_path / name}: no run in it or below it")
     write_run(root, [10], epochs=5)
-    assert error_of(root) == "no finished run with test_acc1 is left to compare"
+    assert error_of(compare, root) == "no finished run with test_acc1 is left to compare"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--plot", "curves.txt", "run"], ["run", "--colour"]])
+@pytest.mark.parametrize("arguments", ["", "--plot curves.txt run", "run --colour"])
 def test_usage_errors_end_with_code_2(arguments):
     with pytest.raises(SystemExit) as exit_:
-        compare.main(arguments)
+        compare.main(arguments.split())
     assert exit_.value.code == 2
 
 
-def test_unwritable_output_is_an_error_naming_the_file(students, tmp_path):
+def test_unwritable_output_and_missing_matplotlib_are_named(students, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    assert str(tmp_path / "file") in error_of(students, "--json", tmp_path / "file" / "result.json")
+    assert str(tmp_path / "file") in error_of(compare, students, "--json", tmp_path / "file" / "result.json")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in error_of(compare, students, "--plot", tmp_path / "curves.png")
 
 
 def test_plot_is_a_picture(students, tmp_path):
@@ -286,24 +236,10 @@ def test_plot_is_a_picture(students, tmp_path):
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_missing_matplotlib_is_named(students, tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def without_matplotlib(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real_import(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    assert "pip install matplotlib" in error_of(students, "--plot", tmp_path / "curves.png")
-
-
 def run_script(*arguments, encoding="utf-8"):
     """Run the script in a process of its own on a terminal of this encoding, where only Python itself is installed."""
-    code = (
-        "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'numpy', 'matplotlib')); "
-        "runpy.run_path('compare.py', run_name='__main__')"
-    )
+    code = "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'numpy', 'matplotlib')); "
+    code += "runpy.run_path('compare.py', run_name='__main__')"
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True)
 
@@ -313,9 +249,6 @@ def test_script_runs_on_plain_python_and_any_terminal(students, encoding, sign):
     done = run_script(students, encoding=encoding)
     assert done.returncode == 0, done.stderr.decode()
     assert f"46.0 {sign} 8.5" in done.stdout.decode(encoding)
-
-
-def test_error_of_the_script_is_one_line_and_code_1(tmp_path):
-    done = run_script(tmp_path)
+    done = run_script(students / "nothing", encoding=encoding)
     assert done.returncode == 1
-    assert done.stderr.decode().count("\n") == 1 and f"error: {tmp_path}: no run in it" in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1 and f"error: {students}/nothing: no run in it".encode() in done.stderr

@@ -1,12 +1,12 @@
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
 import torch
 import wandb
 from conftest import assert_equal_weights, read_log, weights_of, write_images
-from PIL import Image
 
 import main as script
 import models
@@ -18,14 +18,11 @@ from weightfiles.initialization import write_initialization
 LOG_KEYS = set(  # the original's, for a run with mixup and without EMA
     "train_loss train_lr train_min_lr train_weight_decay test_loss test_acc1 test_acc5 epoch n_parameters".split()
 )
+STANDING_STILL = "--epochs 1 --warmup_epochs 0 --lr 0 --min_lr 0"
 
 
-# ---- a run and what it leaves ----
-
-
-def test_run_leaves_config_log_and_checkpoints(tiny_run, tmp_path, image_folder):
-    record = script.main(tiny_run())
-    folder = tmp_path / "run"
+def test_run_leaves_config_log_and_checkpoints(train, tmp_path):
+    record, folder = train(), tmp_path / "run"
     names = ".lock config.json log.txt checkpoint-0.pth checkpoint-1.pth checkpoint-best.pth".split()
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     lines = read_log(folder)
@@ -36,84 +33,69 @@ def test_run_leaves_config_log_and_checkpoints(tiny_run, tmp_path, image_folder)
     assert config["options"]["model_kwargs"] == {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
     assert config["environment"]["torch"].startswith(torch.__version__.split("+")[0])
     assert config["initialization"] is None
-    best = max(line["test_acc1"] for line in lines)
     state = torch.load(folder / "checkpoint-1.pth", weights_only=True)
-    assert state["best"] == {"test_acc1": best} and state["metrics"] == lines[-1]
+    assert state["best"] == {"test_acc1": max(line["test_acc1"] for line in lines)} and state["metrics"] == record
 
 
 def test_run_without_output_dir_writes_nothing(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint-0.pth").write_text("not ours: an empty --output_dir must not resume from here")
-    record = script.main(tiny_run("--epochs", "1", output_dir=""))
-    assert record["epoch"] == 0
+    assert script.main(tiny_run("--epochs 1 --nb_classes 3", output_dir=""))["epoch"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
 
 
-def test_same_seed_same_weights_and_another_seed_others(tiny_run, tmp_path):
+def test_same_seed_same_weights_and_another_seed_others(train, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        script.main(tiny_run("--seed", seed, "--epochs", "1", output_dir=tmp_path / name))
+        train("--epochs 1 --seed", seed, to=name)
     a, b, c = (weights_of(tmp_path / name, "checkpoint-0.pth") for name in "abc")
     assert_equal_weights(a, b)
     assert not torch.equal(a["norm.weight"], c["norm.weight"])
 
 
-def test_loss_falls_on_images_that_can_be_told_apart(tiny_run, tmp_path):
-    script.main(
-        tiny_run("--epochs 10 --aa none --reprob 0 --mixup 0 --cutmix 0 --smoothing 0 --color_jitter 0 --lr 3e-3")
-    )
-    lines = read_log(tmp_path / "run")
-    assert lines[-1]["train_loss"] < 0.6 * lines[0]["train_loss"]
-    assert lines[-1]["train_class_acc"] > lines[0]["train_class_acc"]
-    assert lines[-1]["test_acc1"] >= 90
+def test_loss_falls_on_images_that_can_be_told_apart(train, tmp_path):
+    train("--epochs 10 --aa none --reprob 0 --mixup 0 --cutmix 0 --smoothing 0 --color_jitter 0 --lr 3e-3")
+    first, *_, last = read_log(tmp_path / "run")
+    assert last["train_loss"] < 0.6 * first["train_loss"] and last["train_class_acc"] > first["train_class_acc"]
+    assert last["test_acc1"] >= 90
 
 
-# ---- evaluation ----
-
-
-def test_eval_gives_the_logged_accuracy(tiny_run, tmp_path, caplog):
+def test_eval_gives_the_logged_accuracy(train, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    script.main(tiny_run("--model_ema", "true", "--model_ema_eval", "true"))
-    for more, line in (
-        (["--eval", "true"], -1),
-        (["--eval", "true", "--resume", tmp_path / "run" / "checkpoint-0.pth"], 0),
-    ):
-        measured = script.main(tiny_run("--model_ema", "true", "--model_ema_eval", "true", *more))
-        logged = read_log(tmp_path / "run")[line]
-        assert measured == {key: logged[key] for key in measured}
+    average = "--model_ema true --model_ema_eval true"
+    train(average)
+    logged = read_log(tmp_path / "run")
+    for more, line in (([], logged[1]), (["--resume", tmp_path / "run" / "checkpoint-0.pth"], logged[0])):
+        measured = train(average, "--eval true", *more)
+        assert measured == {key: line[key] for key in measured}
     assert "11 images: test loss" in caplog.text
-    assert len(read_log(tmp_path / "run")) == 2
+    assert read_log(tmp_path / "run") == logged
 
 
-def test_eval_of_random_weights_says_so(tiny_run, caplog):
-    script.main(tiny_run("--eval", "true", output_dir=""))
-    assert "random weights" in caplog.text
+def test_eval_of_random_weights_says_so_and_makes_no_folder(train, tmp_path, caplog):
+    train("--eval true --resplit true --dist_on_itp true --local_rank=0 --local-rank=0", to="typo")
+    assert "random weights" in caplog.text and not (tmp_path / "typo").exists()
+    assert "--resplit is accepted and has no effect" in caplog.text and "--dist_on_itp is accepted" in caplog.text
 
 
-def test_disable_eval_trains_without_evaluation_data(tiny_run, tmp_path):
+def test_disable_eval_trains_without_evaluation_data(train, tmp_path):
     write_images(tmp_path / "only", "train", {"a": 8, "b": 8})
-    script.main(tiny_run("--data_path", tmp_path / "only", "--disable_eval", "true"))
+    train("--disable_eval true --data_path", tmp_path / "only")
     assert all("test_acc1" not in line for line in read_log(tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoint-best.pth").exists()
 
 
-def test_eval_data_path_and_fraction(tiny_run, image_folder, tmp_path):
-    record = script.main(
-        tiny_run("--data_fraction 0.4 --eval_data_path", image_folder / "train", "--epochs 1 --warmup_epochs 0")
-    )
+def test_eval_data_path_and_fraction(train, image_folder):
+    record = train("--data_fraction 0.4 --epochs 1 --warmup_epochs 0 --eval_data_path", image_folder / "train")
     assert record["step"] == 2  # 16 of 40 images in batches of 8
     assert record["test_acc1"] * 40 / 100 == pytest.approx(round(record["test_acc1"] * 40 / 100))
-
-
-# ---- initialization ----
 
 
 @pytest.fixture
 def initialization(tmp_path):
     """The folder of an initialization file for the tiny ViT, and its weights."""
     kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
-    larger = models.create("vit_tiny", {**kwargs, "embed_dim": 64})
-    torch.save(larger.state_dict(), tmp_path / "teacher.pth")
     pair = models.ModelSpec("vit_tiny", {**kwargs, "embed_dim": 64}), models.ModelSpec("vit_tiny", kwargs)
+    torch.save(models.create(pair[0].name, pair[0].kwargs).state_dict(), tmp_path / "teacher.pth")
     tensors, description = weight_selection.select_weights(*pair, pretrained_path=str(tmp_path / "teacher.pth"))
     (tmp_path / "init").mkdir()
     write_initialization(tmp_path / "init" / "vit.pth", tensors, description)
@@ -121,183 +103,135 @@ def initialization(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "vit.pth"])
-def test_training_starts_from_the_selected_weights(name, initialization, tiny_run, tmp_path):
+def test_training_starts_from_the_selected_weights(name, initialization, train, tmp_path):
     folder, tensors = initialization
-    script.main(
-        tiny_run("--initialize", folder / name, "--lr", "0", "--min_lr", "0", "--epochs", "1", "--warmup_epochs", "0")
-    )
+    train(STANDING_STILL, "--initialize", folder / name)
     trained = weights_of(tmp_path / "run", "checkpoint-0.pth")
     assert all(torch.equal(trained[key], value) for key, value in tensors.items())
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (
-        config["initialization"]["teacher"]["model"] == "vit_tiny_patch16_224"
-        and len(config["initialization"]["sha256"]) == 64
-    )
+    source = json.loads((tmp_path / "run" / "config.json").read_text())["initialization"]
+    assert source["teacher"]["model"] == "vit_tiny_patch16_224" and len(source["sha256"]) == 64
 
 
-def test_head_of_another_class_count_is_dropped_and_said(initialization, tiny_run, tmp_path, caplog):
+def test_head_of_another_class_count_is_dropped_and_said(initialization, train, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    _, tensors = initialization
-    torch.save({**tensors, "head.weight": torch.zeros(7, 32), "head.bias": torch.zeros(7)}, tmp_path / "seven.pth")
-    script.main(tiny_run("--initialize", tmp_path / "seven.pth", "--epochs", "1"))
-    assert "head.weight, head.bias is for other classes; the head starts from random values" in caplog.text
-    torch.save({**tensors, "head.weight": torch.ones(3, 32), "head.bias": torch.zeros(3)}, tmp_path / "three.pth")
-    script.main(
-        tiny_run("--initialize", tmp_path / "three.pth", "--epochs 1 --lr 0 --min_lr 0", output_dir=tmp_path / "b")
-    )
-    assert torch.equal(weights_of(tmp_path / "b", "checkpoint-0.pth")["head.weight"], torch.ones(3, 32))
+    for classes in (7, 3):
+        head = {"head.weight": torch.ones(classes, 32), "head.bias": torch.zeros(classes)}
+        torch.save(initialization[1] | head, tmp_path / f"{classes}.pth")
+        train(STANDING_STILL, "--initialize", tmp_path / f"{classes}.pth", to=f"run-{classes}")
+        said = "head.weight, head.bias is for other classes; the head starts from random values" in caplog.text
+        trained = weights_of(tmp_path / f"run-{classes}", "checkpoint-0.pth")["head.weight"]
+        assert (said, torch.equal(trained, torch.ones(3, 32))) == (classes == 7, classes == 3)
+        caplog.clear()
 
 
-def test_checkpoint_of_a_run_can_start_another(tiny_run, tmp_path):
-    script.main(tiny_run("--epochs", "1", output_dir=tmp_path / "a"))
-    script.main(
-        tiny_run("--epochs", "1", "--lr", "0", "--min_lr", "0", "--initialize", tmp_path / "a" / "checkpoint-0.pth")
-    )
-    assert_equal_weights(
-        weights_of(tmp_path / "a", "checkpoint-0.pth"), weights_of(tmp_path / "run", "checkpoint-0.pth")
-    )
+def test_checkpoint_of_a_run_can_start_another(train, tmp_path):
+    train("--epochs 1", to="a")
+    train(STANDING_STILL, "--initialize", tmp_path / "a" / "checkpoint-0.pth", to="b")
+    assert_equal_weights(*(weights_of(tmp_path / name, "checkpoint-0.pth") for name in "ab"))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "value", "message"),
     [
-        (
-            {"cls_token": torch.zeros(1, 1, 16)},
-            r"does not fit --model vit_tiny: cls_token is \[1, 1, 16\], not \[1, 1, 32\]",
-        ),
-        ({"cls_token": None}, "cls_token is missing"),
-        ({"extra.weight": torch.zeros(1)}, r"extra\.weight is unknown"),
-        ({"norm.bias": torch.full((32,), torch.nan)}, r"norm\.bias holds values that are not finite"),
+        ("cls_token", torch.zeros(1, 1, 16), r"fit --model vit_tiny: cls_token is \[1, 1, 16\], not \[1, 1, 32\]"),
+        ("cls_token", None, "cls_token is missing"),
+        ("extra.weight", torch.zeros(1), r"extra\.weight is unknown"),
+        ("norm.bias", torch.full((32,), torch.nan), r"norm\.bias holds values that are not finite"),
     ],
 )
-def test_initialization_that_does_not_fit_names_the_keys(change, message, initialization, tiny_run, tmp_path):
-    tensors = {key: value for key, value in (initialization[1] | change).items() if value is not None}
+def test_initialization_that_does_not_fit_names_the_keys(key, value, message, initialization, train, tmp_path):
+    tensors = {key: value for key, value in (initialization[1] | {key: value}).items() if value is not None}
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=message):
-        script.main(tiny_run("--initialize", tmp_path / "x.pth"))
+        train("--initialize", tmp_path / "x.pth")
     assert not list((tmp_path / "run").glob("[!.]*"))
 
 
-def test_initialization_for_another_model_is_named(initialization, tiny_run, tmp_path):
-    _, tensors = initialization
-    write_initialization(tmp_path / "c.pth", tensors, {"family": "convnext", "student": {"model": "convnext_femto"}})
+def test_initialization_for_another_model_is_named(initialization, train, tmp_path):
+    description = {"family": "convnext", "student": {"model": "convnext_femto"}}
+    write_initialization(tmp_path / "c.pth", initialization[1], description)
     with pytest.raises(UserError, match=r"c\.pth was made for convnext_femto, but --model is vit_tiny"):
-        script.main(tiny_run("--initialize", tmp_path / "c.pth"))
-    with pytest.raises(UserError, match="missing.pth does not exist"):
-        script.main(tiny_run("--initialize", tmp_path / "missing.pth"))
+        train("--initialize", tmp_path / "c.pth")
 
 
-# ---- data that is not there, or not right ----
-
-
-def test_missing_data_is_named(tiny_run, tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        script.main(tiny_run("--data_path", tmp_path / "nowhere"))
-
-
-def test_different_classes_are_named(tiny_run, tmp_path):
+def test_different_classes_are_named(train, tmp_path):
     write_images(tmp_path / "d", "train", {"cat": 8, "dog": 8})
     write_images(tmp_path / "d", "val", {"cat": 2, "bird": 2})
     with pytest.raises(UserError, match="dog.*bird"):
-        script.main(tiny_run("--data_path", tmp_path / "d"))
+        train("--data_path", tmp_path / "d")
 
 
-def test_class_count_that_disagrees_is_named(tiny_run):
-    with pytest.raises(UserError, match="--nb_classes 4, but --data_set image_folder has 3"):
-        script.main(tiny_run("--nb_classes", "4"))
-    assert script.main(tiny_run("--nb_classes", "3", "--epochs", "1"))["epoch"] == 0
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_image_is_named(workers, tiny_run, tmp_path):
-    write_images(tmp_path / "d", "train", {"cat": 8, "dog": 8})
-    write_images(tmp_path / "d", "val", {"cat": 2, "dog": 2})
-    broken = tmp_path / "d" / "train" / "dog" / "003.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
-    with pytest.raises(UserError) as caught:
-        script.main(tiny_run("--data_path", tmp_path / "d", "--num_workers", workers))
-    assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--update_freq", "6"], "48 images per update, but the training set has 40: --update_freq can be 5 at most"),
-        (["--batch_size", "64"], "the training set has 40: --batch_size can be 40 at most"),
-        (["--warmup_steps", "11"], "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
-        (["--model", "vit_tny"], "vit_tny is not a model"),
-        (["--model_kwargs", "num_heads=5"], "vit_tiny cannot be built"),
-        (["--opt", "adamx"], "--opt adamx cannot be built"),
-        (["--opt_betas", "0.9"], "--opt adamw cannot be built"),
-        (["--model_kwargs", "img_size=16"], r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
-        (["--model_kwargs", "in_chans=1"], "--model vit_tiny does not take images of 32 x 32"),
-        (["--model_kwargs", "global_pool=''"], r"--model vit_tiny gives \[2, 17, 3\] for 2 images, not \[2, 3\]"),
-        (["--model_kwargs", "num_classes=5"], "the number of classes comes from the data"),
-        (
-            ["--model_kwargs", "checkpoint_path=/etc/passwd"],
-            "checkpoint_path=/etc/passwd is not an argument of a model's shape",
-        ),
-        (["--model_kwargs", "act_layer=nope"], "vit_tiny cannot be built"),
-        (["--device", "meta"], "--device meta is not auto, cuda, cuda:N, mps or cpu"),
-        (["--aa", "rnd-m9"], "--aa .?rnd-m9"),
-        (["--device", "gpu"], "--device gpu is not auto, cuda, cuda:N, mps or cpu"),
-        (["--head_init_scale", "0.5"], "--head_init_scale and --layer_scale_init_value are for convnext"),
-        (["--layer_scale_init_value", "1"], "--head_init_scale and --layer_scale_init_value are for convnext"),
-        (["--resume", "nothing.pth"], "nothing.pth does not exist"),
+        ("--update_freq 6", "48 images per update, but the training set has 40: --update_freq can be 5 at most"),
+        ("--batch_size 64", "the training set has 40: --batch_size can be 40 at most"),
+        ("--warmup_steps 11", "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
+        ("--data_path nowhere", "nowhere"),
+        ("--nb_classes 4", "--nb_classes 4, but --data_set image_folder has 3"),
+        ("--model vit_tny", "vit_tny is not a model"),
+        ("--model_kwargs num_heads=5", "vit_tiny cannot be built"),
+        ("--opt adamx", "--opt adamx cannot be built"),
+        ("--opt adahessian", "--opt adahessian needs second derivatives"),
+        ("--opt_betas 0.9", "--opt adamw cannot be built"),
+        ("--model_kwargs img_size=16", r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
+        ("--model_kwargs in_chans=1", "--model vit_tiny does not take images of 32 x 32"),
+        ("--model_kwargs global_pool=''", r"--model vit_tiny gives \[2, 17, 3\] for 2 images, not \[2, 3\]"),
+        ("--model_kwargs num_classes=5", "the number of classes comes from the data"),
+        ("--model_kwargs checkpoint_path=/x", "checkpoint_path=/x is not an argument of a model's shape"),
+        ("--model_kwargs act_layer=nope", "vit_tiny cannot be built"),
+        ("--device meta", "--device meta is not auto, cuda, cuda:N, mps or cpu"),
+        ("--aa rnd-m9", "--aa .?rnd-m9"),
+        ("--device gpu", "--device gpu is not auto, cuda, cuda:N, mps or cpu"),
+        ("--head_init_scale 0.5", FOR_CONVNEXT),
+        ("--layer_scale_init_value 1", FOR_CONVNEXT),
+        ("--initialize nothing.pth", "nothing.pth does not exist"),
+        ("--resume nothing.pth", "nothing.pth does not exist"),
+        ("--output_dir file/run", "--output_dir file/run cannot be written to: Not a directory"),
+        ("--log_dir file/tb", "--log_dir file/tb cannot be written to"),
     ],
 )
-def test_what_only_the_data_or_the_model_shows_ends_in_one_line(more, message, tiny_run):
+def test_what_only_the_data_or_the_model_shows_ends_in_one_line(more, message, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=message) as caught:
-        script.main(tiny_run(*more))
+        train(more)
     assert "\n" not in str(caught.value)
 
 
-def test_log_dir_that_cannot_be_written_is_named(tiny_run, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="--log_dir .*file/tb cannot be written to"):
-        script.main(tiny_run("--log_dir", tmp_path / "file" / "tb"))
-
-
-def test_output_dir_that_cannot_be_written_is_named(tiny_run, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="--output_dir .*file/run cannot be written to"):
-        script.main(tiny_run(output_dir=tmp_path / "file" / "run"))
-
-
-@pytest.mark.parametrize("package", ["tensorboardX", "wandb"])
-def test_missing_optional_package_is_named(package, tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    more = ["--log_dir", tmp_path / "tb"] if package == "tensorboardX" else ["--enable_wandb", "true"]
+@pytest.mark.parametrize(("package", "more"), [("tensorboardX", "--log_dir tb"), ("wandb", "--enable_wandb true")])
+def test_missing_optional_package_is_named(package, more, train, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"needs the package {package}: pip install {package}"):
-        script.main(tiny_run(*more))
-
-
-# ---- usage errors ----
+        train(more)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--warmup_epochs", "5", "--epochs", "3"], "--warmup_epochs 5 is longer than the run, --epochs 3"),
-        (["--batch_size", "7"], "--batch_size 7 is odd, but mixup and cutmix pair"),
-        (["--data_set", "CIFAR1000"], "--data_set CIFAR1000 is none of CIFAR10"),
-        (["--use_amp", "maybe"], "'maybe' is neither true nor false"),
-        (["--epochs", "0"], "0 is not at least 1"),
-        (["--smoothing", "1.5"], "1.5 is not from 0 to 1"),
-        (["--model_kwargs", "depth"], "'depth' is not of the form name=value"),
-        (["--initialize", "http://example.org/x.pth"], r"a URL must be https://…#sha256="),
-        (["--batchsize", "64"], "unrecognized arguments: --batchsize"),
-        (["--eval", "true", "--disable_eval", "true"], "leave nothing to do"),
-        (["--cutmix_minmax", "1", "0"], "--cutmix_minmax takes two numbers from 0 to 1"),
-        (["--seed", "18446744073709551616"], "is not from 0 to"),
-        (["--train_split", "x"], "are for torch/NAME and hfds/NAME, not for IMNET"),
-        (["--wandb_ckpt", "true"], "it needs --enable_wandb true"),
-        (["--resume", "https://example.org/x.pth"], "--resume https://example.org/x.pth: a URL must be"),
+        ("--warmup_epochs 5 --epochs 3", "--warmup_epochs 5 is longer than the run, --epochs 3"),
+        ("--batch_size 7", "--batch_size 7 is odd, but mixup and cutmix pair"),
+        ("--data_set CIFAR1000", "--data_set CIFAR1000 is none of CIFAR10"),
+        ("--use_amp maybe", "'maybe' is neither true nor false"),
+        ("--epochs 0", "0 is not at least 1"),
+        ("--smoothing 1.5", "1.5 is not from 0 to 1"),
+        ("--model_kwargs depth", "'depth' is not of the form name=value"),
+        ("--initialize http://example.org/x.pth", "a URL must be https://…#sha256="),
+        ("--batchsize 64", "unrecognized arguments: --batchsize"),
+        ("--eval true --disable_eval true", "leave nothing to do"),
+        ("--cutmix_minmax 1 0", "--cutmix_minmax takes two numbers from 0 to 1"),
+        ("--seed 18446744073709551616", "is not from 0 to"),
+        ("--train_split x", "are for torch/NAME and hfds/NAME, not for IMNET"),
+        ("--wandb_ckpt true", "it needs --enable_wandb true"),
+        ("--resume https://example.org/x.pth", "--resume https://example.org/x.pth: a URL must be"),
     ],
 )
 def test_usage_errors_name_the_option_and_exit_with_2(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        training_options(argv)
+        training_options(argv.split())
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
@@ -309,20 +243,8 @@ def test_defaults_are_the_originals(reference):
         assert ours[name] == changed.get(name, value), name
 
 
-def test_every_option_of_the_launchers_is_accepted(tiny_run, caplog):
-    for spelling in ("--local_rank", "--local-rank"):
-        assert training_options([spelling + "=3"]).local_rank == 3
-    script.main(tiny_run("--resplit", "true", "--dist_on_itp", "true", "--eval", "true"))
-    assert "--resplit is accepted and has no effect" in caplog.text and "--dist_on_itp is accepted" in caplog.text
-
-
-# ---- writers, models, precision ----
-
-
-def test_tensorboard_and_wandb_get_the_figures(tiny_run, tmp_path):
-    script.main(
-        tiny_run("--log_dir", tmp_path / "tb", "--enable_wandb", "true", "--wandb_ckpt", "true", "--epochs", "1")
-    )
+def test_tensorboard_and_wandb_get_the_figures(train, tmp_path):
+    train("--epochs 1 --enable_wandb true --wandb_ckpt true --log_dir", tmp_path / "tb")
     wandb.teardown()  # waits for its service to write the file out
     events = next((tmp_path / "tb").glob("events*")).read_bytes()
     assert b"test/acc1" in events and b"train/loss" in events
@@ -332,10 +254,10 @@ def test_tensorboard_and_wandb_get_the_figures(tiny_run, tmp_path):
     assert (tmp_path / "run" / "wandb_id.txt").read_text().strip() in run_folder.name
 
 
-def test_progress_bar_shows_loss_speed_and_time_left(tiny_run, capsys):
-    script.main(tiny_run("--progress", "true", "--epochs", "1", "--log_freq", "1"))
+def test_progress_bar_shows_loss_speed_and_time_left(train, capsys):
+    train("--progress true --epochs 1 --log_freq 1")
     shown = capsys.readouterr().err
-    assert "epoch 0/0" in shown and "img/s" in shown and "left" in shown and "loss" in shown
+    assert all(text in shown for text in ("epoch 0/0", "img/s", "left", "loss"))
 
 
 def test_image_size_reaches_models_that_pass_it_on():
@@ -343,34 +265,25 @@ def test_image_size_reaches_models_that_pass_it_on():
     assert model.patch_embed.img_size == (32, 32)
 
 
-@pytest.mark.parametrize("name", ["convnext_femto", "resnet18", "convnextv2_atto"])
-def test_other_models_train_and_resume(name, tiny_run, tmp_path):
-    kwargs = {
-        "convnext_femto": ["depths=[1,1,1,1]", "dims=[4,8,8,8]"],
-        "resnet18": ["layers=[1,1,1,1]"],
-        "convnextv2_atto": ["depths=[1,1,1,1]", "dims=[4,8,8,8]"],
-    }
-    argv = [*tiny_run("--epochs", "1"), "--model", name]
-    argv[argv.index("--model_kwargs") + 1 : argv.index("--model_kwargs") + 5] = kwargs[name]
-    more = ["--channels_last"] if name == "convnext_femto" else []
-    record = script.main([*argv, *more])
-    assert record == script.main([*argv, *more])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "convnext_femto --channels_last --model_kwargs depths=[1,1,1,1] dims=[4,8,8,8]",
+        "resnet18 --model_kwargs layers=[1,1,1,1]",
+        "convnextv2_atto --model_kwargs depths=[1,1,1,1] dims=[4,8,8,8]",
+    ],
+)
+def test_other_models_train_and_resume(model, tiny_run):
+    argv = tiny_run("--epochs 1 --model", model)
+    del argv[argv.index("--model_kwargs") : argv.index("--data_set")]  # the tiny ViT's
+    record = script.main(argv)
+    assert record == script.main(argv)
     assert np.isfinite(record["train_loss"])
 
 
-def test_image_of_another_size_and_grey_are_resized(tiny_run, tmp_path):
-    for split, size in (("train", 48), ("val", 20)):
-        for name in ("a", "b"):
-            folder = tmp_path / "d" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.fromarray(np.full((size, size + 5), 50 + i, np.uint8)).save(folder / f"{i}.png")
-    assert script.main(tiny_run("--data_path", tmp_path / "d", "--epochs", "1"))["step"] == 1
-
-
-def test_compiled_model_keeps_the_names_of_its_weights(tiny_run, tmp_path, monkeypatch):
+def test_compiled_model_keeps_the_names_of_its_weights(train, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(type(self).__name__))
-    script.main(tiny_run("--compile", "--epochs", "1"))
+    train("--compile --epochs 1")
     assert compiled == ["VisionTransformer"]
     assert "cls_token" in weights_of(tmp_path / "run", "checkpoint-0.pth")

@@ -2,53 +2,39 @@
 
 import gzip
 import hashlib
-import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_sets import FORMATS, colour, write_cifar10
 
 from demo import make_subset
 from study import make_data
 from utils import UserError
 
-CLASSES = [f"kind{number}" for number in range(10)]
-GREY = 100
 
-
-def write_cifar10(downloads):
-    """CIFAR-10 in its own format, a grey image of each label."""
-    folder = downloads / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
-    parts = {f"data_batch_{number}": [number, 3] for number in range(1, 6)} | {"test_batch": [9, 0]}
-    for file, labels in parts.items():
-        rows = np.full((2, 3072), GREY, dtype=np.uint8)
-        (folder / file).write_bytes(pickle.dumps({"data": rows, "labels": labels}))
-
-
-def write_tiny_imagenet(downloads):
+def write_tiny_imagenet(path):
     """A zip laid out as Tiny-ImageNet-200's, whose images are bytes that tell where they were; returns its MD5 sum."""
-    with zipfile.ZipFile(downloads / "tiny-imagenet-200.zip", "w") as archive:
-        for name in ("n01", "n02"):
-            archive.writestr(f"tiny-imagenet-200/train/{name}/{name}_boxes.txt", "0")
-            for number in range(2):
-                archive.writestr(f"tiny-imagenet-200/train/{name}/images/{name}_{number}.JPEG", f"{name} {number}")
-        archive.writestr("tiny-imagenet-200/val/images/val_0.JPEG", "first")
-        archive.writestr("tiny-imagenet-200/val/images/val_1.JPEG", "second")
-        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "val_0.JPEG\tn02\t0\t0\nval_1.JPEG\tn01\t0\t0\n")
-        archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", "not used")
-    return hashlib.md5((downloads / "tiny-imagenet-200.zip").read_bytes()).hexdigest()
+    names = [(name, number) for name in ("n01", "n02") for number in range(2)]
+    files = {f"train/{name}/images/{name}_{number}.JPEG": f"{name} {number}" for name, number in names}
+    files |= {"train/n01/n01_boxes.txt": "0", "val/images/val_0.JPEG": "first", "val/images/val_1.JPEG": "second"}
+    files |= {"val/val_annotations.txt": "val_0.JPEG\tn02\t0\t0\nval_1.JPEG\tn01\t0\t0\n", "test/images/a.JPEG": ""}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def downloaded(tmp_path, monkeypatch):
     """A folder whose downloads/ hold both sets, so that nothing is fetched."""
+    (tmp_path / "downloads").mkdir()
     write_cifar10(tmp_path / "downloads")
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
-    monkeypatch.setattr(make_data, "TINY_IMAGENET_MD5", write_tiny_imagenet(tmp_path / "downloads"))
+    md5 = write_tiny_imagenet(tmp_path / "downloads" / "tiny-imagenet-200.zip")
+    monkeypatch.setattr(make_data, "TINY_IMAGENET_MD5", md5)
     return tmp_path
 
 
@@ -59,24 +45,19 @@ def files(folder):
 def test_both_sets_become_folders_of_classes(downloaded, capsys):
     make_data.main([str(downloaded)])
     cifar, tiny = downloaded / "cifar10-jpeg", downloaded / "tiny-imagenet-200"
-    labels = [1, 2, 3, 3, 3, 3, 3, 3, 4, 5]
-    assert files(cifar) == [
-        *(f"train/kind{label}/{labels[:place].count(label):04}.jpg" for place, label in enumerate(labels)),
-        "val/kind0/0000.jpg",
-        "val/kind9/0000.jpg",
-    ]
-    assert {path.name for path in (cifar / "val").iterdir()} == set(CLASSES)
-    with Image.open(cifar / "val/kind9/0000.jpg") as image:
-        assert (image.format, image.size, image.getpixel((3, 3))) == ("JPEG", (32, 32), (GREY,) * 3)
-    assert {name: (tiny / name).read_text() for name in files(tiny)} == {
-        "train/n01/n01_0.JPEG": "n01 0",
-        "train/n01/n01_1.JPEG": "n01 1",
-        "train/n02/n02_0.JPEG": "n02 0",
-        "train/n02/n02_1.JPEG": "n02 1",
-        "val/n01/val_1.JPEG": "second",
-        "val/n02/val_0.JPEG": "first",
-    }
-    assert "12 images" in capsys.readouterr().out
+    _, train, val, *_ = FORMATS["CIFAR10"]
+    numbered = [("train", train[:n], label) for n, label in enumerate(train)] + [("val", [], label) for label in val]
+    names = (f"{part}/class{label}/{before.count(label):04}.jpg" for part, before, label in numbered)
+    assert files(cifar) == sorted(names)
+    assert {path.name for path in (cifar / "val").iterdir()} == {f"class{label}" for label in range(10)}
+    with Image.open(cifar / "val/class9/0000.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (32, 32))
+        assert image.getpixel((3, 3)) == pytest.approx(colour(9), abs=3)  # JPEG's own rounding of colours
+    numbers = [(name, number) for name in ("n01", "n02") for number in range(2)]
+    expected = {f"train/{name}/{name}_{number}.JPEG": f"{name} {number}" for name, number in numbers}
+    expected |= {"val/n01/val_1.JPEG": "second", "val/n02/val_0.JPEG": "first"}
+    assert {name: (tiny / name).read_text() for name in files(tiny)} == expected
+    assert "13 images" in capsys.readouterr().out
 
 
 def test_a_whole_set_is_left_and_an_unfinished_one_made_anew(downloaded):

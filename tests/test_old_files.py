@@ -25,13 +25,10 @@ def old_run(tmp_path):
     return [*RUN.split(), "--epochs", "1", "--model_ema", "true", "--output_dir", str(tmp_path)], tmp_path
 
 
-def test_old_checkpoint_evaluates_to_the_logged_figures(old_run):
-    measured = script.main([*old_run[0], "--eval", "true"])
-    assert measured == pytest.approx(LOGGED, rel=1e-6)  # float32 sums, on whatever machine
-
-
-def test_finished_run_of_an_old_checkpoint_is_left_alone(old_run):
+def test_old_checkpoint_evaluates_and_a_finished_run_is_left(old_run):
     argv, folder = old_run
+    measured = script.main([*argv, "--eval", "true"])
+    assert measured == pytest.approx(LOGGED, rel=1e-6)  # float32 sums, on whatever machine
     assert script.main(argv)["test_loss"] == LOGGED["test_loss"]
     assert not (folder / "checkpoint-1.pth").exists()
 
@@ -50,16 +47,8 @@ def test_old_checkpoint_restores_all_and_training_continues(old_run):
 
 
 def test_old_initialization_file_starts_a_run(tmp_path):
-    script.main(
-        [
-            *RUN.split(),
-            *"--epochs 1 --lr 0 --min_lr 0 --model_kwargs embed_dim=2".split(),
-            "--initialize",
-            str(OLD),
-            "--output_dir",
-            str(tmp_path),
-        ]
-    )
+    frozen = "--epochs 1 --lr 0 --min_lr 0 --model_kwargs embed_dim=2 --initialize"
+    script.main([*RUN.split(), *frozen.split(), str(OLD), "--output_dir", str(tmp_path)])
     trained = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     weights = torch.load(OLD / "vit.pth", weights_only=True)
     assert weights and all(torch.equal(trained["model"][key], value) for key, value in weights.items())

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_log, write_images
+from conftest import error_of, read_log, write_images, write_run
 
 import main
 import options
@@ -21,15 +21,6 @@ from utils import UserError
 from weightfiles.read import read_weights
 
 ROOT = Path(__file__).parents[1]
-
-
-def error_of(script, *arguments):
-    with pytest.raises(UserError) as error:
-        script.main([*map(str, arguments)])
-    return str(error.value)
-
-
-# ---- what there is to run ----
 
 
 @pytest.mark.parametrize("study", arms.STUDIES)
@@ -68,9 +59,6 @@ def test_only_takes_the_teacher_that_is_needed():
         names("keep_all")
 
 
-# ---- running ----
-
-
 def tiny_study():
     """A teacher and two arms, an epoch of ten images each."""
     shape = "img_size=16 patch_size=8 num_heads=2 "
@@ -91,61 +79,65 @@ def call(tmp_path, monkeypatch):
         for part in ("train", "val"):
             write_images(tmp_path / "images" / name, part, dict.fromkeys(classes, 5), size=16)
     monkeypatch.setitem(arms.STUDIES, "cpu", tiny_study())
-    folders = {name: str(tmp_path / name) for name in ("work", "results")}
-    return ["cpu", "--data", str(tmp_path / "images"), "--work", folders["work"], "--results", folders["results"]]
+    return f"cpu --data {tmp_path}/images --work {tmp_path}/work --results {tmp_path}/results".split()
 
 
 SCRIPTS = {"main.py": main, "weight_selection.py": weight_selection, "study.shuffle": shuffle}
 
 
-def test_a_study_is_run_once_and_keeps_logs_without_paths(call, tmp_path, monkeypatch, capsys):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch):
+    """The scripts that the study calls, here in this process."""
+    called = []
 
     def in_process(command, *, cwd, env, **_):
         monkeypatch.chdir(cwd)
         assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
         _, script, *arguments = [word for word in command if word != "-m"]
-        commands.append(Path(script).name)
-        SCRIPTS[commands[-1]].main(arguments)
+        called.append(Path(script).name)
+        SCRIPTS[called[-1]].main(arguments)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=in_process))
+    return called
+
+
+def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_path, capsys):
+    results, names = tmp_path / "results", ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
     run.main(call)
     assert commands == ["main.py", "main.py", "study.shuffle", "weight_selection.py", "main.py"]
-    for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
-        assert [line["epoch"] for line in read_log(tmp_path / "results" / name)] == [0]
-        config = (tmp_path / "results" / name / "config.json").read_text()
+    for name in names:
+        assert [line["epoch"] for line in read_log(results / name)] == [0]
+        config = (results / name / "config.json").read_text()
         assert str(tmp_path) not in config and str(Path.home()) not in config
     assert json.loads(config)["initialization"]["teacher"]["file"] == "vit/teacher_shuffled.pth"
-    assert {file.name for file in (tmp_path / "results").rglob("*") if file.is_file()} == {"config.json", "log.txt"}
+    assert {file.name for file in results.rglob("*") if file.is_file()} == {"config.json", "log.txt"}
 
     run.main(call)
     assert len(commands) == 5
-    (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()  # as if stopped before it was copied
+    (results / names[2] / "log.txt").unlink()  # as if stopped before it was copied
     capsys.readouterr()
     run.main([*call, "--list"])
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    names = ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
     assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
     run.main(call)
     assert commands[5:] == ["study.shuffle", "weight_selection.py", "main.py"]
-    assert [line["epoch"] for line in read_log(tmp_path / "results" / names[2])] == [0]
+    assert [line["epoch"] for line in read_log(results / names[2])] == [0]
 
 
-def test_logs_of_a_teacher_are_not_replaced_by_a_new_ones(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("a command was run")))
+def test_logs_of_a_teacher_are_not_replaced_by_a_new_ones(call, commands, tmp_path):
     for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
         (tmp_path / "results" / name).mkdir(parents=True)
         (tmp_path / "results" / name / "log.txt").write_text('{"epoch": 0}\n')
     run.main(call)  # nothing is missing: its weights are not needed
     (tmp_path / "results" / "vit" / "full" / "shuffled-0" / "log.txt").unlink()
     teacher = tmp_path / "work" / "vit" / "teacher"
-    for text in (None, "of another\n"):
-        if text:
-            teacher.mkdir(parents=True)
-            (teacher / "checkpoint-0.pth").touch()
-            (teacher / "log.txt").write_text(text)
-        assert "is of a vit/teacher whose weights are not in --work" in error_of(run, *call)
+    assert "is of a vit/teacher whose weights are not in --work" in error_of(run, *call)
+    teacher.mkdir(parents=True)
+    (teacher / "checkpoint-0.pth").touch()
+    (teacher / "log.txt").write_text("of another\n")
+    assert "is of a vit/teacher whose weights are not in --work" in error_of(run, *call)
+    assert not commands
 
 
 def test_a_folder_of_work_keeps_its_images(call, tmp_path):
@@ -157,7 +149,8 @@ def test_a_folder_of_work_keeps_its_images(call, tmp_path):
 
 @pytest.fixture
 def hanging(call, tmp_path):
-    """Start the tiny study with a main.py that hangs; return its process and the hanging one's id."""
+    """Start the tiny study with a main.py that hangs: its process, the hanging one's id, a function that takes its lock."""
+    place, locked = run.Place(tmp_path / "work", tmp_path / "results"), arms.Run("vit/full/random-0", (), 1, 1.0)
     (tmp_path / "code").mkdir()
     os.mkfifo(tmp_path / "started")
     hang = "import os, pathlib, signal; pathlib.Path({!r}).write_text(str(os.getpid())); signal.pause()"
@@ -167,56 +160,45 @@ def hanging(call, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.DEVNULL)
     with open(tmp_path / "started") as file:  # waits until main.py writes
         hanging = int(file.read())
-    yield process, hanging
+    yield process, hanging, lambda: place.lock(locked)
     process.kill()
     process.wait()
 
 
-def lock_of(tmp_path):
-    return run.Place(tmp_path / "work", tmp_path / "results").lock(arms.Run("vit/full/random-0", (), 1, 1.0))
-
-
-def test_a_terminated_study_ends_its_run(hanging, tmp_path):
-    process, _ = hanging
-    assert lock_of(tmp_path) is None
+def test_a_terminated_study_ends_its_run(hanging):
+    process, _, lock = hanging
+    assert lock() is None
     process.terminate()
     assert process.wait() == 143
-    os.close(lock_of(tmp_path))
+    os.close(lock())
 
 
-def test_what_a_killed_study_left_behind_keeps_its_folder(hanging, tmp_path):
-    process, left_behind = hanging
+def test_what_a_killed_study_left_behind_keeps_its_folder(hanging):
+    process, left_behind, lock = hanging
     process.kill()
     process.wait()
     try:
-        assert lock_of(tmp_path) is None
+        assert lock() is None
     finally:
         os.kill(left_behind, signal.SIGKILL)
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_line(call, tmp_path, monkeypatch):
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "main.py").write_text("import sys; print('first'); sys.exit('main.py: error: no such model')")
-    monkeypatch.setattr(run, "ROOT", tmp_path / "code")
-    assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error_of(run, *call)
-
-
-def test_missing_data_is_named(tmp_path):
+def test_failures_are_named(call, tmp_path, monkeypatch):
     error = error_of(run, "cpu", "--data", tmp_path, "--work", tmp_path / "work")
     assert error == f"--data {tmp_path}: no folder {arms.TEACHER_DATA}/train in it"
-
-
-def test_a_folder_that_cannot_be_made_is_named(call, tmp_path):
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in error_of(run, *call[:3], "--work", tmp_path / "file" / "work")
+    (tmp_path / "main.py").write_text("import sys; print('first'); sys.exit('main.py: error: no such model')")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error_of(run, *call)
 
 
 def test_shuffling_keeps_each_tensors_values(tmp_path):
     generator = torch.Generator().manual_seed(1)
     tensors = {"a": torch.randn(6, 50, generator=generator), "b": torch.randn(300, generator=generator)}
     torch.save(tensors, tmp_path / "teacher.pth")
-    for file, seed in (("x", 0), ("z", 1)):
-        shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", str(seed)])
+    for file, seed in (("x", "0"), ("z", "1")):
+        shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", seed])
     command = [sys.executable, "-m", "study.shuffle", "teacher.pth", "y"]  # as a study runs it, from its folder
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": run.python_path()}, check=True)
     x, y, z = (read_weights(tmp_path / file) for file in "xyz")
@@ -227,24 +209,16 @@ def test_shuffling_keeps_each_tensors_values(tmp_path):
         assert not torch.equal(x[key], z[key]) and not torch.equal(x[key], tensor)
 
 
-# ---- the report ----
-
-
 @pytest.fixture
-def write_run(tmp_path):
-    """Return a function that writes a finished run of the study with this accuracy in each epoch."""
+def write_runs(tmp_path):
+    """Return a function that writes finished runs of a study with these accuracies, one an epoch."""
 
-    def write(name, accuracies, *, root="study", **changes):
-        arm, _, seed = name.partition("-")
-        wanted = options.training_defaults() | {"epochs": len(accuracies), "seed": int(seed or 0), **changes}
-        source = None if arm.endswith(("random", "teacher")) else {"sha256": arm, "path": f"{arm}.pth"}
-        kind = {"device": "cpu", "processes": 1, "threads": 2, "torch": "2", "timm": "1"}
-        folder = tmp_path / root / name
-        folder.mkdir(parents=True)
-        config = {"options": wanted, "initialization": source, "environment": kind, "revision": "abc"}
-        (folder / "config.json").write_text(json.dumps(config))
-        lines = [{"epoch": epoch, "test_acc1": value} for epoch, value in enumerate(accuracies)]
-        (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def write(runs, *, root="study", **changes):
+        for name, accuracies in runs.items():
+            arm, _, seed = name.partition("-")
+            sha256 = None if arm.endswith(("random", "teacher")) else arm
+            wanted = {"epochs": len(accuracies), "seed": int(seed or 0), **changes}
+            write_run(tmp_path / root / name, accuracies, sha256=sha256, **options.training_defaults() | wanted)
 
     return write
 
@@ -265,15 +239,13 @@ def rows_of(text):
     return [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| [")]
 
 
-def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tables, tmp_path):
+def test_table_has_means_paired_gains_and_shares_of_the_run(write_runs, tables, tmp_path):
     rising = [10, 11, 20, 21, 22, 23, 24, 25, 26]
-    write_run("vit/teacher", [5, 7.25])
-    write_run("vit/full/random-0", [*rising, 30])
-    write_run("vit/full/random-1", [*rising, 34])
-    write_run("vit/full/selected-0", [12, 14, 33, *rising[3:], 40])
-    write_run("vit/full/selected-1", [14, 18, 31, 32, *rising[4:], 42])
-    write_run("vit/full/selected-2", [13, 16, 32, *rising[3:], 41])
-    write_run("vit/full/keep-0", [*rising, 41])
+    runs = {"vit/teacher": [5, 7.25], "vit/full/random-0": [*rising, 30], "vit/full/random-1": [*rising, 34]}
+    runs["vit/full/selected-0"] = [12, 14, 33, *rising[3:], 40]
+    runs["vit/full/selected-1"] = [14, 18, 31, 32, *rising[4:], 42]
+    runs["vit/full/selected-2"] = [13, 16, 32, *rising[3:], 41]
+    write_runs(runs | {"vit/full/keep-0": [*rising, 41]})
     text = tables()
     assert text == (tmp_path / "study" / "tables.md").read_text()
     section = "[vit/full](vit/full)"
@@ -292,10 +264,9 @@ def test_table_has_means_paired_gains_and_shares_of_the_run(write_run, tables, t
     assert figures == {"curves-gain.png", "curves-elements.png", "curves-width.png", "gains.png"}
 
 
-def test_pairs_are_compared_seed_by_seed(write_run, tables):
-    for arm, finals in {"random": [10, 20], "shuffled": [30, 41], "selected": [33, 43, 90]}.items():
-        for seed, final in enumerate(finals):
-            write_run(f"vit/tenth/{arm}-{seed}", [1, 2, final])
+def test_pairs_are_compared_seed_by_seed(write_runs, tables):
+    finals = {"random": [10, 20], "shuffled": [30, 41], "selected": [33, 43, 90]}.items()
+    write_runs({f"vit/tenth/{arm}-{n}": [1, 2, end] for arm, values in finals for n, end in enumerate(values)})
     (line,) = re.findall(r"^\| vit/tenth .*", tables(), re.M)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 3 epochs: a tenth and a third are the first; 33 - 30 and 43 - 41 at the end
@@ -308,19 +279,16 @@ def replace_in_config(tmp_path, name, old, new):
     config.write_text(config.read_text().replace(old, new))
 
 
-def test_an_arm_of_two_teachers_is_refused(write_run, tmp_path):
-    for seed in (0, 1):
-        for arm in ("random", "selected", "random_slots"):
-            write_run(f"vit/full/{arm}-{seed}", [30])
+def test_an_arm_of_two_teachers_is_refused(write_runs, tmp_path):
+    write_runs({f"vit/full/{arm}-{n}": [30] for arm in ("random", "selected", "random_slots") for n in (0, 1)})
     for arm in ("random_slots", "selected"):  # the first draws anew for each seed, so its weights may differ
         replace_in_config(tmp_path, f"vit/full/{arm}-1", f'"sha256": "vit/full/{arm}"', '"sha256": "other"')
     error = error_of(report, tmp_path / "study")
     assert "selected-1 cannot be compared: they inherit from two teachers" in error
 
 
-def test_machines_are_listed_with_what_ran_on_them(write_run, tables, tmp_path):
-    for name, accuracy in {"vit/full/random-0": 30, "vit/full/selected-0": 40, "vit/teacher": 5}.items():
-        write_run(name, [accuracy])
+def test_machines_are_listed_with_what_ran_on_them(write_runs, tables, tmp_path):
+    write_runs({"vit/full/random-0": [30], "vit/full/selected-0": [40], "vit/teacher": [5]})
     replace_in_config(tmp_path, "vit/teacher", '"torch": "2"', '"torch": "3"')
     replace_in_config(tmp_path, "vit/teacher", '"abc"', '"0123456789abcdef-dirty"')
     text = tables()
@@ -329,23 +297,19 @@ def test_machines_are_listed_with_what_ran_on_them(write_run, tables, tmp_path):
     assert "- Code: `0123456789ab-dirty`, `abc`." in text
 
 
-def test_results_of_several_folders_are_taken_together(write_run, tables, tmp_path):
-    write_run("vit/full/random-0", [30])
-    write_run("vit/full/selected-0", [40], root="second")
+def test_results_of_several_folders_are_taken_together(write_runs, tables, tmp_path):
+    write_runs({"vit/full/random-0": [30]})
+    write_runs({"vit/full/selected-0": [40]}, root="second")
     first, second = rows_of(tables("study", "second"))
     assert first[0] == "[vit/full](vit/full)" and second[0] == "[vit/full](../second/vit/full)"
     assert second[-2] == "+10.0"
-    write_run("vit/full/random-0", [31], root="second")
+    write_runs({"vit/full/random-0": [31]}, root="second")
     error = error_of(report, tmp_path / "study", tmp_path / "second")
     assert "second/vit/full/random-0 are the same seed 0 of an arm" in error
 
 
-def test_runs_of_other_settings_are_not_compared(write_run, tmp_path):
-    write_run("vit/full/random-0", [30])
-    write_run("vit/full/selected-0", [40], lr=1e-3)
-    assert "cannot be compared: they differ in lr" in error_of(report, tmp_path / "study")
-
-
-def test_a_study_without_a_pair_is_an_error(write_run, tmp_path):
-    write_run("vit/full/random-0", [30])
+def test_what_cannot_be_compared_is_an_error(write_runs, tmp_path):
+    write_runs({"vit/full/random-0": [30]})
     assert error_of(report, tmp_path / "study") == "no arm has both runs and runs of its baseline yet"
+    write_runs({"vit/full/selected-0": [40]}, lr=1e-3)
+    assert "cannot be compared: they differ in lr" in error_of(report, tmp_path / "study")
