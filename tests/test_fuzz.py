@@ -67,7 +67,7 @@ FAULTS = {  # a reader, and what is said of it
     # by torch's own code, which Python does not see
     "leaves a file": (lambda path: torch.save({}, path.parents[1] / str(time.monotonic_ns())), "files appeared"),
     "takes long": (take_long, "it took "),
-    "takes memory": (lambda path: np.ones(2**25) is None, " MB"),  # 256 MB
+    "takes memory": (lambda path: np.ones(2**26) is None, " MB"),  # 512 MB
     "hangs": (lambda path: time.sleep(60), "it hangs: no end after 1 s"),
     "crashes": (lambda path: os.kill(os.getpid(), 9), "the process ended (status -9)"),
 }
@@ -76,7 +76,7 @@ FAULTS = {  # a reader, and what is said of it
 @pytest.mark.parametrize("fault", FAULTS)
 def test_judge_sees_a_reader_that_does_wrong(fault, monkeypatch, capsys):
     reader, said = FAULTS[fault]
-    limit = {"takes long": ("SECONDS", 0.5), "takes memory": ("MEMORY", 128 * fuzz.MB), "hangs": ("HANGS", 1.0)}
+    limit = {"takes long": ("SECONDS", 0.5), "takes memory": ("MEMORY", 64 * fuzz.MB), "hangs": ("HANGS", 1.0)}
     monkeypatch.setattr(fuzz, *limit.get(fault, ("SECONDS", 5.0)))
     monkeypatch.setattr("weightfiles.read.read_weights", lambda path: reader(path) or read_weights(path))
     monkeypatch.setattr(mutations, "MUTATIONS", {".pth": {"": [untouched]}})

@@ -143,9 +143,10 @@ def test_flipped_bit_beside_the_part_that_is_shown_is_found(tmp_path):
         open_weights(path)["part"]
 
 
-def test_flipped_bit_in_the_pickle_is_found_at_once(tmp_path):
+@pytest.mark.parametrize("word", [b"norm.bias", sys.byteorder.encode()], ids=["pickle", "byteorder"])
+def test_damage_outside_the_values_is_found_at_once(word, tmp_path):
     path = save(tmp_path / "w.pth")
-    path.write_bytes(path.read_bytes().replace(b"norm.bias", b"norm.biat", 1))
+    path.write_bytes(path.read_bytes().replace(word, word[:-1] + b"t", 1))
     with pytest.raises(UserError, match=r"w\.pth cannot be read as weights: Bad CRC-32"):
         open_weights(path)
 
