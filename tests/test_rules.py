@@ -66,7 +66,7 @@ def test_layers_ascend_and_keep_their_kind(rule, source, target, first_stays, tu
 @pytest.mark.parametrize("rule", LAYER_RULES)
 def test_swin_keeps_its_windows_and_resnet_its_first_layers(rule):
     choices = Choices(rule)
-    swin = plan_of(layout("swin_base_patch4_window7_224"), layout(SWIN_T), choices)
+    swin = plan_of(layout("swin_base_patch4_window7_224"), layout(SWIN_T, depths=(2, 2, 5, 2)), choices)
     assert {name: group.size for name, group in swin.layers.items()} == {
         f"layers.{stage}.blocks": depth for stage, depth in enumerate((2, 2, 18, 2))
     }
