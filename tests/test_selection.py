@@ -138,11 +138,10 @@ def test_staged_models_are_planned_if_and_only_if_they_fit(names, teacher, stude
         student = [tuple(map(min, *stages)) for stages in zip(teacher, student, strict=True)]
     (depths, widths), (teacher_depths, teacher_widths) = (zip(*stages, strict=True) for stages in (student, teacher))
     sizes = zip((*teacher_depths, *teacher_widths), (*depths, *widths), strict=True)
+    possible = all(large >= small for large, small in sizes)
     name, depth, width = names.split()
     pair = [{depth: teacher_depths, width: teacher_widths}, {depth: depths, width: widths}]
-    check_plan(
-        *(layout(name, "cpu", **kwargs) for kwargs in pair), choices, all(large >= small for large, small in sizes)
-    )
+    check_plan(*(layout(name, "cpu", **kwargs) for kwargs in pair), choices, possible)
 
 
 @PROPERTY
