@@ -5,7 +5,6 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 
 import argparse
 import ast
-import json
 import re
 
 DATA_SETS = (
@@ -339,4 +338,6 @@ def _training_parser() -> argparse.ArgumentParser:
 
 def plain(options: argparse.Namespace) -> dict:
     """Return the options as they would come back from JSON."""
+    import json  # here, because -h need not wait for it
+
     return json.loads(json.dumps(vars(options), default=str))

@@ -12,7 +12,6 @@ import gc
 import json
 import logging
 import os
-import random
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -79,6 +78,8 @@ def permutation(count: int, stream: Stream, *parts: int) -> np.ndarray:
 
 def seed_all(seed: int) -> None:
     """Seed the global generators of Python, numpy and torch's CPU. Leave the devices' generators alone."""
+    import random
+
     import numpy as np
     import torch
 
