@@ -101,6 +101,13 @@ def json_lines(value: object, levels: int) -> str:
     return "{\n" + textwrap.indent(",\n".join(entries), " ") + "\n}"
 
 
+def check_creatable(path: Path, problem: str) -> None:
+    """UserError that begins with `problem` if the nearest existing folder above `path` cannot be written to."""
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{problem}: {nearest} is not a folder that can be written to")
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`, which at any moment holds either the old or the new file. UserError if that fails."""
     write_together({path: content})

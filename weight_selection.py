@@ -45,7 +45,7 @@ from selection.plan import Plan, choose
 from selection.rules import Choices
 from selection.teacher import read_teacher
 from selection.tensors import magnitudes, select
-from utils import UserError, json_lines, run_script, start_logging
+from utils import UserError, check_creatable, json_lines, run_script, start_logging
 from weightfiles.initialization import check_replaceable, write_initialization
 from weightfiles.lazy import Weights
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, shapes_of
@@ -223,9 +223,7 @@ def _output_path(output_dir: str, family: str) -> Path:
         path = path / f"{family}.pth"
     elif path.is_dir():
         raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"--output_dir {output_dir} cannot be made: {nearest} is not a folder that can be written to")
+    check_creatable(path, f"--output_dir {output_dir} cannot be made")
     return path
 
 

@@ -168,7 +168,7 @@ class AugmentedBatches:
     def __iter__(self) -> Iterator[Batch]:
         sampler, batches, orders = self.batch_sampler, self.pixels, iter(self.batch_sampler)
         if isinstance(batches, Resident):
-            batches = (self.pixels.batch(np.array(order)[:, 1]) for order in iter(sampler))
+            batches = (self.pixels.batch(np.array(order)[:, 1]) for order in sampler)
         first = sampler.first_step * sampler.update_freq
         for number, (images, targets) in enumerate(ahead(batches, self.device)):
             order = np.array(next(orders))  # [batch, 2]: epoch, index

@@ -1,7 +1,6 @@
 """The picture of a plan that --plot draws: which of the teacher's layers, channels, heads and hidden units are kept."""
 
 import io
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from selection.strips import Strip, headline, panels
-from utils import UserError, write_atomically
+from utils import UserError, check_creatable, write_atomically
 
 # in pixels of a PNG
 DPI, WIDTH, MARGIN = 150, 2336, 40
@@ -28,9 +27,7 @@ def check_plot(path: Path) -> None:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from error
     if path.is_dir():
         raise UserError(f"--plot {path} is a folder")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"--plot {path} cannot be written: {nearest} is not a folder that can be written to")
+    check_creatable(path, f"--plot {path} cannot be written")
 
 
 def draw(description: Mapping, path: Path) -> None:
