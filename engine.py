@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.workers import ahead
 from optim_factory import set_schedules
+from options import Settings
 from training.checkpoint import Progress
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
 from training.meters import DeviceSums, Speed, count_in_top
+from training.precision import Precision
 from utils import Stopped, Stream, UserError, derive_seed
 
 log = logging.getLogger(__name__)
@@ -23,48 +25,28 @@ log = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: after so many, no scale will work
 
 
-@dataclass
-class Precision:
-    """Autocast to `dtype` (None: float32 throughout) on `device`, and the scaler that guards every update.
+@dataclass(frozen=True)
+class EngineSettings(Settings):
+    """The options that the epoch and the evaluation read."""
 
-    One scaler serves all precisions. At scale 1 it multiplies by exactly 1 and still skips an update with non-finite
-    gradients, on the device, without a wait. In float16 it scales the loss as well.
-    """
-
-    device: torch.device
-    dtype: torch.dtype | None
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self):
-        settings = {} if self.scales_loss else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-        self.scaler = torch.amp.GradScaler(self.device.type, **settings)
+    update_freq: int  # the one in effect: a run that is resumed on other processes may change it
+    clip_grad: float | None  # the largest gradient norm; None for any
+    seed: int
+    channels_last: bool
+    compile: bool
+    dist_eval: bool
+    log_freq: int  # updates, and batches of the evaluation
+    save_ckpt: bool
+    save_ckpt_steps: int | None
 
     @property
-    def scales_loss(self) -> bool:
-        return self.dtype == torch.float16
+    def save_freq(self) -> int | None:
+        """Updates between saves within an epoch."""
+        return self.save_ckpt_steps if self.save_ckpt else None
 
     @property
-    def name(self) -> str:
-        return str(self.dtype or torch.float32).removeprefix("torch.")
-
-    @classmethod
-    def choose(cls, device: torch.device, use_amp: bool, name: str | None = None) -> "Precision":
-        """Choose float32 or, with `use_amp`, the type of that name: by default float16 on cuda and bfloat16 elsewhere.
-
-        A CPU without bfloat16 units would train many times slower. It stays in float32, with a warning, unless the
-        type is named.
-        """
-        units = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-        if use_amp and name is None and device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, units)):
-            use_amp = False
-            log.warning(
-                "--use_amp true: this CPU has no bfloat16 units and would be many times slower; training in float32"
-            )
-        default = "float16" if device.type == "cuda" else "bfloat16"
-        return cls(device, getattr(torch, name or default) if use_amp else None)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 @dataclass
@@ -72,7 +54,7 @@ class Trainer:
     """The model, in DDP if there are several processes, and everything that updates it.
 
     `lr` and `weight_decay` hold a value per optimizer step of the whole run. `mixer` mixes (images, targets, key); if it
-    is None, targets stay class numbers. `clip_grad` is the largest gradient norm, None for any.
+    is None, targets stay class numbers.
     """
 
     model: nn.Module
@@ -81,19 +63,15 @@ class Trainer:
     precision: Precision
     lr: np.ndarray
     weight_decay: np.ndarray
-    update_freq: int = 1
-    clip_grad: float | None = None
+    settings: EngineSettings
     mixer: Callable | None = None
     ema: ModelEmaV3 | None = None
-    seed: int = 0
-    log_freq: int = 10
-    channels_last: bool = False
-    save_freq: int | None = None  # updates between saves within an epoch
     asked_to_stop: Callable[[], bool] = lambda: False  # for this rank; all stop if one is asked
-    compiles: bool = False  # the next update compiles the model; its time is reported, not counted into the speed
+    compiles: bool = field(init=False)  # the next update compiles; its time is reported, not counted into the speed
     skips_in_a_row: Tensor = field(init=False)  # [], the latest updates that were not applied
 
     def __post_init__(self):
+        self.compiles = self.settings.compile
         self.skips_in_a_row = torch.zeros((), device=self.precision.device)
 
     @property
@@ -115,10 +93,6 @@ class Trainer:
         self.skips_in_a_row += state["skips_in_a_row"]
 
 
-def layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def train_one_epoch(
     trainer: Trainer, batches, progress: Progress, *, steps: int, report: Callable, save: Callable = lambda: None
 ) -> dict[str, float]:
@@ -131,7 +105,7 @@ def train_one_epoch(
     ranks raise Stopped because one of them was asked to stop.
     """
     trainer.model.train()
-    source = ahead(batches, trainer.precision.device)
+    settings, source = trainer.settings, ahead(batches, trainer.precision.device)
     window = Window(trainer.precision.device)
     speed, compile_seconds, first_step = Speed(world_size()), {}, progress.epoch * steps
     for done in range(progress.done + 1, steps + 1):
@@ -147,8 +121,8 @@ def train_one_epoch(
             loss.item()  # wait until the device is done
             compile_seconds = {"compile_seconds": speed.restart()}
             log.info("compiled: %.0f s for the first update", compile_seconds["compile_seconds"])
-        save_is_due = trainer.save_freq and done % trainer.save_freq == 0
-        if done % trainer.log_freq == 0 or done == steps or save_is_due:
+        save_is_due = settings.save_freq and done % settings.save_freq == 0
+        if done % settings.log_freq == 0 or done == steps or save_is_due:
             updates = done - progress.done
             where = f"in the {updates} updates up to step {step} of epoch {progress.epoch}, at lr {lr:.3g}"
             figures, stop = window.read(trainer, where)
@@ -194,23 +168,24 @@ def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tupl
 
     DDP averages the gradients over the ranks once, in the last pass.
     """
-    precision, losses, correct, images_seen = trainer.precision, [], [], 0
-    for micro_step in range(trainer.update_freq):
+    precision, settings = trainer.precision, trainer.settings
+    losses, correct, images_seen = [], [], 0
+    for micro_step in range(settings.update_freq):
         images, targets = next(source)
-        images = images.contiguous(memory_format=layout(trainer.channels_last))
+        images = images.contiguous(memory_format=settings.layout)
         chunk = micro_step * world_size() + rank()
         labels = targets
         if trainer.mixer is not None:
             images, targets = trainer.mixer(images, targets, (step, chunk))
-        torch.manual_seed(derive_seed(Stream.MODEL, trainer.seed, step, chunk))
-        last = micro_step == trainer.update_freq - 1
+        torch.manual_seed(derive_seed(Stream.MODEL, settings.seed, step, chunk))
+        last = micro_step == settings.update_freq - 1
         with contextlib.nullcontext() if last else _no_sync(trainer.model):
             with precision.autocast():
                 logits = trainer.model(images)
                 loss = trainer.criterion(logits, targets)
             # A non-finite loss can have finite gradients. Make them non-finite too: the scaler looks at nothing else.
             poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-            precision.scaler.scale(loss * poison / trainer.update_freq).backward()
+            precision.scaler.scale(loss * poison / settings.update_freq).backward()
         losses.append(loss.detach())
         correct.append((logits.detach().argmax(1) == labels).sum())
         images_seen += len(images)
@@ -227,8 +202,8 @@ def _update(trainer: Trainer) -> Tensor:
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if trainer.clip_grad is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, trainer.clip_grad, norm)
+    if trainer.settings.clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, trainer.settings.clip_grad, norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -269,32 +244,29 @@ def evaluate(
     model: nn.Module,
     batches,
     precision: Precision,
-    *,
-    channels_last: bool = False,
-    over_ranks: bool = True,
+    settings: EngineSettings,
     asked_to_stop: Callable[[], bool] | None = None,
-    log_freq: int = 10,
 ) -> dict[str, float]:
     """Measure cross-entropy and top-1 and top-5 accuracy in percent over every image in the ranks' `batches` together.
 
-    It adds sums and counts, never means, so the ranks' shares and the last batch may have any size. With `over_ranks`
-    false, each rank has all images and measures alone. With `asked_to_stop`, the ranks check every `log_freq` batches
+    It adds sums and counts, never means, so the ranks' shares and the last batch may have any size. With `--dist_eval
+    false`, each rank has all images and measures alone. With `asked_to_stop`, the ranks check every `log_freq` batches
     whether one of them was asked, and then all raise Stopped.
     """
-    if over_ranks:
+    if settings.dist_eval:
         share_buffers(model)  # batch norm's statistics differ between ranks, which must measure one model
     model.eval()
     sums = DeviceSums(("loss", "acc1", "acc5", "images"), precision.device)
     # A rank with one batch more than the others would ask alone and wait forever.
     last_look = min(of_all_ranks(len(batches))) if asked_to_stop else 0
     for number, (images, targets) in enumerate(ahead(batches, precision.device)):
-        if number < last_look and number % log_freq == 0 and any_rank(asked_to_stop(), precision.device):
+        if number < last_look and number % settings.log_freq == 0 and any_rank(asked_to_stop(), precision.device):
             raise Stopped("during the evaluation", agreed=True)
-        images = images.contiguous(memory_format=layout(channels_last))
+        images = images.contiguous(memory_format=settings.layout)
         with precision.autocast():
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         sums.add(loss, *count_in_top(logits, targets, (1, 5)), torch.full_like(loss, len(images)))
-    total = sums.read(over_ranks=over_ranks)
+    total = sums.read(over_ranks=settings.dist_eval)
     count = total["images"]
     return {"loss": total["loss"] / count, "acc1": 100 * total["acc1"] / count, "acc5": 100 * total["acc5"] / count}

@@ -19,18 +19,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import load_data
-from engine import Precision, Trainer, evaluate, train_one_epoch
+from engine import EngineSettings, Trainer, evaluate, train_one_epoch
 from images.batches import make_train_loader, make_val_loader
 from images.images import Images, bad_of_all_ranks
 from images.settings import Augmentation
 from images.transforms import build_mixer
-from models.build import build_model
+from models.build import build_model, constructor_arguments
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options import plain
 from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
 from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
+from training.precision import Precision
 from training.signals import StopSignals, report_stop
 from training.start import find_start
 from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
@@ -183,16 +184,12 @@ def evaluate_all(
     options: argparse.Namespace, model: nn.Module, ema, val_loader, precision: Precision, asked_to_stop=None
 ) -> dict[str, float]:
     """Measure test_loss, test_acc1 and test_acc5 of the model, and of its moving average with --model_ema_eval."""
-    settings = {
-        "channels_last": options.channels_last,
-        "over_ranks": options.dist_eval,
-        "asked_to_stop": asked_to_stop,
-        "log_freq": options.log_freq,
-    }
-    record = {f"test_{name}": value for name, value in evaluate(model, val_loader, precision, **settings).items()}
+    settings = EngineSettings.from_options(options)
+    figures = evaluate(model, val_loader, precision, settings, asked_to_stop)
+    record = {f"test_{name}": value for name, value in figures.items()}
     if ema is not None and options.model_ema_eval:
-        average = evaluate(ema.module, val_loader, precision, **settings)
-        record |= {f"test_{name}_ema": value for name, value in average.items()}
+        figures = evaluate(ema.module, val_loader, precision, settings, asked_to_stop)
+        record |= {f"test_{name}_ema": value for name, value in figures.items()}
     return record
 
 
@@ -214,10 +211,7 @@ def make_model(options: argparse.Namespace, num_classes: int, device: torch.devi
         options.model,
         num_classes=num_classes,
         input_size=options.input_size,
-        drop_path=options.drop_path,
-        layer_scale_init_value=options.layer_scale_init_value,
-        head_init_scale=options.head_init_scale,
-        model_kwargs=options.model_kwargs,
+        model_kwargs=constructor_arguments(options),
     )
     return model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
 
@@ -236,10 +230,7 @@ def make_trainer(
     update_freq: int,
 ) -> Trainer:
     """Put together loss, optimizer, schedules and the model, in DDP if there are several processes."""
-    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
-    optimizer = create_optimizer(
-        groups, options.opt, lr=options.lr, momentum=options.momentum, eps=options.opt_eps, betas=options.opt_betas
-    )
+    optimizer = create_optimizer(parameter_groups(model, options), options)
     steps = options.epochs * steps_per_epoch
     warmup = options.warmup_steps if options.warmup_steps > 0 else options.warmup_epochs * steps_per_epoch
     if warmup > steps:
@@ -260,15 +251,9 @@ def make_trainer(
         precision=precision,
         lr=cosine_schedule(options.lr, options.min_lr, steps=steps, warmup_steps=warmup),
         weight_decay=cosine_schedule(options.weight_decay, decay_end, steps=steps),
-        update_freq=update_freq,
-        clip_grad=options.clip_grad,
+        settings=EngineSettings.from_options(options, update_freq=update_freq),
         mixer=build_mixer(Augmentation.from_options(options), num_classes),
         ema=ema,
-        seed=options.seed,
-        log_freq=options.log_freq,
-        channels_last=options.channels_last,
-        save_freq=options.save_ckpt_steps if options.save_ckpt else None,
-        compiles=options.compile,
     )
 
 

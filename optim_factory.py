@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer, and schedules as arrays over optimizer steps."""
 
+import argparse
 import inspect
 
 import numpy as np
@@ -10,31 +11,34 @@ from torch import nn
 from utils import UserError, first_line
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Group the trainable parameters by weight decay and, if `layer_decay` < 1, by depth; each group has an `lr_scale`.
+def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict]:
+    """Group the trainable parameters by weight decay and, with a layer decay, by depth; each group has an `lr_scale`.
 
     1-d tensors, biases and the model's own exceptions (tokens, position embedding) have no weight decay.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    if layer_decay < 1:
-        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    given = {"weight_decay": options.weight_decay, "no_weight_decay_list": exempt}
+    if options.layer_decay < 1:
+        groups = param_groups_layer_decay(model, layer_decay=options.layer_decay, **given)
     else:
-        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(model, **given)
     return [{"lr_scale": 1.0, **group} for group in groups if group["params"]]
 
 
-def create_optimizer(groups: list[dict], name: str, *, lr: float, momentum: float, eps: float | None, betas=None):
-    """Build timm's optimizer of that name, fused if possible: plain AdamW reads 32 scalars back per step, fused none."""
+def create_optimizer(groups: list[dict], options: argparse.Namespace) -> torch.optim.Optimizer:
+    """Build timm's optimizer named by `--opt`, fused if possible: plain AdamW reads 32 scalars back per step, fused none."""
+    name, betas = options.opt, options.opt_betas
     if "adahessian" in name:
         raise UserError("--opt adahessian needs second derivatives, which this training loop does not compute")
-    given = {"eps": eps, "betas": betas and tuple(betas)}
+    given = {"eps": options.opt_eps, "betas": betas and tuple(betas)}
     try:
         inner = name.lower().removeprefix("lookahead_")
         accepted = inspect.signature(get_optimizer_class(inner, bind_defaults=False).__init__).parameters
         kwargs = {key: value for key, value in given.items() if value is not None and key in accepted}
         if "fused" in accepted:
             kwargs["fused"] = True
-        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **kwargs)
+        kwargs |= {"lr": options.lr, "momentum": options.momentum}
+        return create_optimizer_v2(groups, opt=name, weight_decay=0.0, **kwargs)
     except (ValueError, TypeError, AssertionError, IndexError, ImportError) as error:
         raise UserError(f"--opt {name} cannot be built: {first_line(error)}") from error
 

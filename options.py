@@ -20,6 +20,18 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+class Settings:
+    """The base of dataclasses whose fields are options of the same names: what one part of a run takes of them."""
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, **others):
+        """Take the fields' values from the options, or from `others` if they are there."""
+        from dataclasses import fields  # here, because -h need not wait for it
+
+        names = [field.name for field in fields(cls) if field.name not in others]
+        return cls(**{name: getattr(options, name) for name in names}, **others)
+
+
 def boolean(text: str) -> bool:
     """Parse true/false, yes/no, t/f, y/n or 1/0, in any case."""
     if text.lower() in ("yes", "true", "t", "y", "1"):

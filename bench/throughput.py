@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 
 import datasets
-import engine
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
 from images.images import Images
 from training import distributed
+from training.precision import Precision
 from utils import UserError, first_line, revision
 
 RECIPE_BATCHES = {"vit_tiny": [64, 512, 1024], "convnext_femto": [128, 1024]}
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s")
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True
-    dtype = engine.Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
+    dtype = Precision.choose(device, options.use_amp, options.amp_dtype).dtype or torch.float32
     start, code = time.monotonic(), revision()  # before anything is written
     with contextlib.ExitStack() as stack:
         folder = options.data

@@ -26,6 +26,7 @@ from images.transforms import TransformedImages, build_mixer, train_transform
 from images.workers import ahead
 from optim_factory import create_optimizer, parameter_groups
 from options import training_options
+from training.precision import Precision
 from utils import seed_all
 
 WAYS = {
@@ -46,8 +47,9 @@ class Bench:
         self.images, self.batch_size, self.options = images, batch_size, options
         self.device = torch.device(options.device)
         seed_all(0)
+        kwargs = {"drop_path_rate": 0.1} if name.startswith("convnext") else {}
         self.model = models.build_model(
-            name, num_classes=images.classes, input_size=options.input_size, drop_path=0.1 * name.startswith("convnext")
+            name, num_classes=images.classes, input_size=options.input_size, model_kwargs=kwargs
         )
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)
@@ -83,7 +85,7 @@ class Bench:
         options = training_options(
             [*words, "--input_size", str(given.input_size), "--num_workers", str(given.num_workers)]
         )
-        loading = Loading.from_options(options, self.device)
+        loading = Loading.from_options(options, device=self.device)
         return View.from_options(options), Augmentation.from_options(options), loading
 
     def mixer(self):
@@ -136,20 +138,17 @@ class Bench:
         return itertools.repeat(batch)
 
     def trainer(self) -> engine.Trainer:
-        optimizer = create_optimizer(
-            parameter_groups(self.model, 0.05, 1.0), "adamw", lr=1e-4, momentum=0.9, eps=1e-8, betas=None
-        )
-        steps = np.full(10**6, 1e-4)
+        layout = ["--channels_last", str(self.channels_last)]
+        options = training_options(["--lr", "1e-4", "--log_freq", str(10**6), *layout])
         return engine.Trainer(
             model=self.model,
             criterion=SoftTargetCrossEntropy(),
-            optimizer=optimizer,
-            precision=engine.Precision.choose(self.device, self.options.use_amp, self.options.amp_dtype),
-            lr=steps,
-            weight_decay=np.full(10**6, 0.05),
+            optimizer=create_optimizer(parameter_groups(self.model, options), options),
+            precision=Precision.choose(self.device, self.options.use_amp, self.options.amp_dtype),
+            lr=np.full(10**6, options.lr),
+            weight_decay=np.full(10**6, options.weight_decay),
+            settings=engine.EngineSettings.from_options(options),
             mixer=self.mixer(),
-            log_freq=10**6,
-            channels_last=self.channels_last,
         )
 
     def train(self, source: Iterator) -> Callable[[int], None]:

@@ -33,14 +33,14 @@ def make_train_loader(options: argparse.Namespace, images: Images, device: torch
         seed=options.seed,
     )
     view, augmentation = View.from_options(options), Augmentation.from_options(options)
-    return train_batches(images, order, view, augmentation, Loading.from_options(options, device))
+    return train_batches(images, order, view, augmentation, Loading.from_options(options, device=device))
 
 
 def make_val_loader(options: argparse.Namespace, images: Images, device: torch.device):
     """Make the batches of this rank's share of the evaluation images, or of all of them with `--dist_eval false`."""
     share = (distributed.rank(), distributed.world_size()) if options.dist_eval else (0, 1)
     indices, batch_size = shard(len(images), *share), int(1.5 * options.batch_size)
-    view, loading = View.from_options(options), Loading.from_options(options, device)
+    view, loading = View.from_options(options), Loading.from_options(options, device=device)
     return eval_batches(images, indices, batch_size, view, loading)
 
 

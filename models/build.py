@@ -1,5 +1,6 @@
 """Build models by name. The paper's short names come before timm's."""
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -103,33 +104,30 @@ def create(name: str, kwargs: dict, *, device: str = "cpu") -> nn.Module:
         ) from error
 
 
-def build_model(
-    name: str,
-    *,
-    num_classes: int,
-    input_size: int,
-    drop_path: float = 0.0,
-    layer_scale_init_value: float = 1e-6,
-    head_init_scale: float = 1.0,
-    model_kwargs: dict | None = None,
-) -> nn.Module:
+def constructor_arguments(options: argparse.Namespace) -> dict:
+    """Return the arguments that main.py's options set in the model's constructor.
+
+    The two ConvNeXt options apply to our short names only: timm's variants have their own values, which
+    `--model_kwargs` can change.
+    """
+    arguments = {"drop_path_rate": options.drop_path} if options.drop_path else {}
+    if options.model in VARIANTS and options.model.startswith("convnext_"):
+        arguments |= {"ls_init_value": options.layer_scale_init_value, "head_init_scale": options.head_init_scale}
+    elif (options.head_init_scale, options.layer_scale_init_value) != (1.0, 1e-6):
+        raise UserError(
+            f"--head_init_scale and --layer_scale_init_value are for convnext_* only, but --model is {options.model}"
+        )
+    if "num_classes" in options.model_kwargs:
+        raise UserError("--model_kwargs num_classes: the number of classes comes from the data; --nb_classes checks it")
+    return arguments | options.model_kwargs
+
+
+def build_model(name: str, *, num_classes: int, input_size: int, model_kwargs: dict | None = None) -> nn.Module:
     """Build a model to train, with random weights from torch's global generator.
 
-    `input_size` (pixels) is passed on to models that ask for an image size. The two ConvNeXt settings apply to our short
-    names only: timm's variants have their own, which `model_kwargs` can change.
+    `input_size` (pixels) is passed on to models that ask for an image size.
     """
-    kwargs = {"num_classes": num_classes}
-    if drop_path:
-        kwargs["drop_path_rate"] = drop_path
-    if name in VARIANTS and name.startswith("convnext_"):
-        kwargs |= {"ls_init_value": layer_scale_init_value, "head_init_scale": head_init_scale}
-    elif (head_init_scale, layer_scale_init_value) != (1.0, 1e-6):
-        raise UserError(
-            f"--head_init_scale and --layer_scale_init_value are for convnext_* only, but --model is {name}"
-        )
-    if "num_classes" in (model_kwargs or {}):
-        raise UserError("--model_kwargs num_classes: the number of classes comes from the data; --nb_classes checks it")
-    given = {**kwargs, **(model_kwargs or {})}
+    given = {"num_classes": num_classes, **(model_kwargs or {})}
     if "img_size" not in given and takes_image_size(create(name, given, device="meta")):
         given["img_size"] = input_size
     model = create(name, given)

@@ -116,7 +116,7 @@ def train(tiny_run, tmp_path):
 def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Loading]:
     """How images are seen, augmented and loaded by these options of main.py; by no workers if they do not say."""
     options = training_options(["--num_workers", "0", *words])
-    loading = Loading.from_options(options, torch.device(device))
+    loading = Loading.from_options(options, device=torch.device(device))
     return View.from_options(options), Augmentation.from_options(options), loading
 
 

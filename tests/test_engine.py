@@ -15,13 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import datasets
 import engine
 import models
-from engine import Precision, Progress, Trainer, evaluate, train_one_epoch
+from engine import EngineSettings, Trainer, evaluate, train_one_epoch
 from images import batches as feed
 from images.order import TrainBatches
 from images.transforms import build_mixer
 from optim_factory import create_optimizer
+from options import training_options
+from training.checkpoint import Progress
 from training.log import EpochLog, summary
 from training.meters import DeviceSums, count_in_top
+from training.precision import Precision
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -39,16 +42,18 @@ def batches_of(count):
     return [(torch.randn(4, 3, 2, 2, generator=draws), torch.randint(3, (4,), generator=draws)) for _ in range(count)]
 
 
-def make_trainer(model, steps=4, *, dtype=None, opt="adamw", lr=0.1, device=CPU, **settings):
-    schedules = {"lr": np.full(steps, lr), "weight_decay": np.zeros(steps)}
-    settings = {"criterion": nn.CrossEntropyLoss(), **schedules, **settings}
+def make_trainer(model, words="", steps=4, *, dtype=None, device=CPU, **parts):
+    """A trainer for `steps` updates with these options of main.py, and with other parts than the plain ones."""
+    options = training_options(f"--lr 0.1 --momentum 0 {words}".split())
+    schedules = {"lr": np.full(steps, options.lr), "weight_decay": np.zeros(steps)}
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
-    optimizer = create_optimizer(groups, opt, lr=lr, momentum=0.0, eps=1e-8)
-    return Trainer(model, optimizer=optimizer, precision=Precision(device, dtype), **settings)
+    parts = {"criterion": nn.CrossEntropyLoss(), "settings": EngineSettings.from_options(options), **schedules, **parts}
+    return Trainer(model, optimizer=create_optimizer(groups, options), precision=Precision(device, dtype), **parts)
 
 
 def train(trainer, batches, report=lambda *_: None):
-    return train_one_epoch(trainer, batches, Progress(), steps=len(batches) // trainer.update_freq, report=report)
+    steps = len(batches) // trainer.settings.update_freq
+    return train_one_epoch(trainer, batches, Progress(), steps=steps, report=report)
 
 
 def assert_close(model, other):
@@ -107,19 +112,20 @@ def waits_in(device, monkeypatch):
     return waits
 
 
-def recipe_of(model):
-    """Settings of a trainer that accumulates, clips and averages; and what mixes, as the recipe does."""
-    mixer = build_mixer(settings()[1], num_classes=3)
-    training = {"update_freq": 2, "clip_grad": 1.0, "ema": ModelEmaV3(model, decay=0.9)}
-    return training, {"mixer": mixer, "criterion": SoftTargetCrossEntropy()}
+ACCUMULATED_AND_CLIPPED = "--update_freq 2 --clip_grad 1"
+
+
+def mixing():
+    """What mixes the batches, as the recipe does."""
+    return {"mixer": build_mixer(settings()[1], num_classes=3), "criterion": SoftTargetCrossEntropy()}
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_host_waits_only_at_log_steps(mixed, dtype, device, waits_in):
     model = tiny_model().to(device)
-    training, mixing = recipe_of(model)
-    trainer = make_trainer(model, 9, dtype=dtype, device=device, log_freq=4, **training, **(mixing if mixed else {}))
+    parts = {"ema": ModelEmaV3(model, decay=0.9)} | (mixing() if mixed else {})
+    trainer = make_trainer(model, f"{ACCUMULATED_AND_CLIPPED} --log_freq 4", 9, dtype=dtype, device=device, **parts)
     batches = batches_of(18)
     if device.type == "cuda":
         batches = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches]
@@ -138,8 +144,9 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(cache, device, waits_in,
     batches = feed.train_batches(images, order, *recipe)
     shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
     model = models.build_model("vit_tiny", num_classes=3, input_size=40, model_kwargs=shape).to(device)
-    training, mixing = recipe_of(model)
-    trainer = make_trainer(model, 10, dtype=torch.bfloat16, lr=1e-3, device=device, log_freq=9, **training, **mixing)
+    parts = {"ema": ModelEmaV3(model, decay=0.9)} | mixing()
+    words = f"{ACCUMULATED_AND_CLIPPED} --lr 1e-3 --log_freq 9"
+    trainer = make_trainer(model, words, 10, dtype=torch.bfloat16, device=device, **parts)
     train_one_epoch(trainer, batches, Progress(), steps=5, report=lambda *_: None)  # first use builds handles
     assert waits_in(trainer, batches, Progress(epoch=1), steps=5) == ["tolist"]
 
@@ -147,8 +154,8 @@ def test_host_waits_only_at_log_steps_of_the_whole_loop(cache, device, waits_in,
 def test_accumulated_gradients_are_those_of_the_large_batch():
     small, large, batches = tiny_model(), tiny_model(), batches_of(4)
     joined = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in (batches[:2], batches[2:])]
-    train(make_trainer(small, opt="momentum", update_freq=2), batches)
-    train(make_trainer(large, opt="momentum"), joined)
+    train(make_trainer(small, "--opt momentum --update_freq 2"), batches)
+    train(make_trainer(large, "--opt momentum"), joined)
     assert_close(small, large)
 
 
@@ -157,7 +164,7 @@ def test_gradients_are_reduced_once_an_update():
     try:
         reduced, model = [], torch.nn.parallel.DistributedDataParallel(tiny_model())
         model.register_comm_hook(None, lambda _, bucket: reduced.append(bucket.index()) or allreduce_hook(None, bucket))
-        train(make_trainer(model, update_freq=3), batches_of(6))
+        train(make_trainer(model, "--update_freq 3"), batches_of(6))
     finally:
         dist.destroy_process_group()
     assert reduced == [0, 0]  # one bucket, two updates of three backward passes
@@ -178,7 +185,7 @@ def test_one_update_and_its_norm_are_torchs_own():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clipping_bounds_the_update_in_every_precision(dtype):
     model, before = tiny_model(), tiny_model()
-    means = train(make_trainer(model, 1, dtype=dtype, opt="momentum", lr=1.0, clip_grad=0.01), batches_of(1))
+    means = train(make_trainer(model, "--opt momentum --lr 1 --clip_grad 0.01", 1, dtype=dtype), batches_of(1))
     pairs = zip(before.parameters(), model.parameters(), strict=True)
     moved = math.sqrt(sum((a - b).square().sum().item() for a, b in pairs))
     assert means["grad_norm"] > 0.1  # logged as it was before
@@ -188,7 +195,7 @@ def test_clipping_bounds_the_update_in_every_precision(dtype):
 def test_model_draws_depend_on_the_step_alone():
     def losses(disturb):
         model, seen = tiny_model(nn.Dropout(0.5)), []
-        trainer = make_trainer(model, log_freq=1)
+        trainer = make_trainer(model, "--log_freq 1")
         torch.manual_seed(disturb)
         train(trainer, batches_of(4), report=lambda _step, _lr, means, _rate: seen.append(means["loss"]))
         return seen
@@ -199,7 +206,7 @@ def test_model_draws_depend_on_the_step_alone():
 def test_ema_follows_the_updates():
     model, start = tiny_model(), tiny_model()[1].weight
     ema = ModelEmaV3(model, decay=0.75)
-    train(make_trainer(model, 1, ema=ema), batches_of(1))
+    train(make_trainer(model, ema=ema), batches_of(1))
     torch.testing.assert_close(ema.module[1].weight, 0.75 * start + 0.25 * model[1].weight)
 
 
@@ -222,7 +229,7 @@ class BadAt(nn.Module):
 @pytest.mark.parametrize(("value", "named"), [(math.nan, "loss"), (math.inf, "loss"), ("gradient", "gradient")])
 def test_update_that_is_not_finite_is_skipped_and_ends_the_run(value, named, monkeypatch):
     model, states, real = tiny_model(), [], engine._update
-    trainer = make_trainer(model, log_freq=4, criterion=BadAt(2, value))
+    trainer = make_trainer(model, "--log_freq 4", criterion=BadAt(2, value))
     monkeypatch.setattr(engine, "_update", lambda each: states.append(copy.deepcopy(model.state_dict())) or real(each))
     with pytest.raises(UserError, match=rf"{named} was not finite .*step 3 of epoch 0, at lr 0\.1"):
         train(trainer, batches_of(4))
@@ -233,7 +240,7 @@ def test_update_that_is_not_finite_is_skipped_and_ends_the_run(value, named, mon
 
 def test_float16_skips_an_overflow_and_goes_on():
     model, scales = tiny_model(), []
-    trainer = make_trainer(model, dtype=torch.float16, log_freq=1, criterion=BadAt(1, "gradient"))
+    trainer = make_trainer(model, "--log_freq 1", dtype=torch.float16, criterion=BadAt(1, "gradient"))
     train(trainer, batches_of(4), report=lambda *_: scales.append(trainer.precision.scaler.get_scale()))
     assert scales == [65536.0, 32768.0, 32768.0, 32768.0]
     assert all(value.isfinite().all() for value in model.state_dict().values())
@@ -241,7 +248,7 @@ def test_float16_skips_an_overflow_and_goes_on():
 
 def test_float16_skips_in_a_row_are_counted_over_epochs(monkeypatch):
     monkeypatch.setattr(engine, "SKIPS_IN_A_ROW", 5)
-    trainer = make_trainer(tiny_model(), dtype=torch.float16, log_freq=8, criterion=BadAt(None, "gradient"))
+    trainer = make_trainer(tiny_model(), "--log_freq 8", dtype=torch.float16, criterion=BadAt(None, "gradient"))
     train(trainer, batches_of(4))
     with pytest.raises(UserError, match="float16 gradients overflowed 8 times in a row .*try --amp_dtype bfloat16"):
         train(trainer, batches_of(4))
@@ -252,7 +259,7 @@ def test_reports_cover_the_window_and_the_result_the_epoch():
     with torch.no_grad():
         losses = [nn.functional.cross_entropy(model(images), targets).item() for images, targets in batches]
         right = sum((model(images).argmax(1) == targets).sum().item() for images, targets in batches)
-    trainer = make_trainer(model, 5, log_freq=2, lr=0.0)
+    trainer = make_trainer(model, "--log_freq 2 --lr 0", 5)
     means = train(trainer, batches, report=lambda step, _lr, means, _rate: seen.append((step, means["loss"])))
     assert [step for step, _ in seen] == [1, 3, 4]
     assert [loss for _, loss in seen] == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:4]), losses[4]])
@@ -266,8 +273,10 @@ def test_evaluation_counts_each_image_once_whatever_the_batches():
         logits = model(images)
     right = (logits.argmax(1) == targets).float().mean().item()
     expected = {"loss": nn.functional.cross_entropy(logits, targets).item(), "acc1": 100 * right, "acc5": 100.0}
+    plain = EngineSettings.from_options(training_options([]))
     for size in (20, 7, 1):
-        result = evaluate(model, list(zip(images.split(size), targets.split(size), strict=True)), Precision(CPU, None))
+        batches = list(zip(images.split(size), targets.split(size), strict=True))
+        result = evaluate(model, batches, Precision(CPU, None), plain)
         assert result == pytest.approx(expected, rel=1e-6)
 
 

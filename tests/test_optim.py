@@ -5,14 +5,18 @@ import pytest
 import torch
 
 import models
+from models.build import constructor_arguments
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups, set_schedules
+from options import training_options
 
 
-def optimizer_of(groups, name="adamw", lr=0.1, **more):
-    """The optimizer of these groups, or of one tensor."""
-    if isinstance(groups, torch.Tensor):
-        groups = [{"params": [groups], "weight_decay": 0.05, "lr_scale": 1.0}]
-    return create_optimizer(groups, name, lr=lr, momentum=0.9, eps=1e-8, **more)
+def groups_of(model, *words):
+    return parameter_groups(model, training_options(words))
+
+
+def optimizer_of(tensor, *words):
+    groups = [{"params": [tensor], "weight_decay": 0.05, "lr_scale": 1.0}]
+    return create_optimizer(groups, training_options(["--lr", "0.1", *words]))
 
 
 def test_schedules_equal_the_originals(reference):
@@ -45,7 +49,7 @@ def test_parameter_groups_equal_the_originals(reference):
     for name, recorded in reference["parameter_groups (weight_decay 0.05)"].items():
         model = models.create(name, {"num_classes": 100}, device="meta")
         names = {id(parameter): key for key, parameter in model.named_parameters()}
-        groups = {group["weight_decay"]: group for group in parameter_groups(model, 0.05)}
+        groups = {group["weight_decay"]: group for group in groups_of(model, "--weight_decay", "0.05")}
         assert len(groups) == len(recorded) == 2
         for expected in recorded:
             group = groups[expected["weight_decay"]]
@@ -56,7 +60,8 @@ def test_parameter_groups_equal_the_originals(reference):
 
 
 def test_drop_path_rates_equal_the_originals(reference):
-    model = models.build_model("convnext_femto", num_classes=10, input_size=224, drop_path=0.1)
+    arguments = constructor_arguments(training_options(["--model", "convnext_femto", "--drop_path", "0.1"]))
+    model = models.create("convnext_femto", arguments, device="meta")
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     recorded = reference["drop_path_rates (--drop_path 0.1)"]["convnext_femto"]
     assert rates == pytest.approx(recorded, abs=5e-7)  # 6 digits recorded
@@ -68,7 +73,7 @@ def test_drop_path_rates_equal_the_originals(reference):
 )
 def test_layer_decay_falls_from_the_head_to_the_stem(name, head, stem):
     model = models.create(name, {"num_classes": 10}, device="meta")
-    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    groups = groups_of(model, "--layer_decay", "0.5")
     scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     scale = {key: scales[id(parameter)] for key, parameter in model.named_parameters()}
     blocks = [scale[key] for key in scale if key.endswith("mlp.fc1.weight")]
@@ -79,7 +84,8 @@ def test_layer_decay_falls_from_the_head_to_the_stem(name, head, stem):
 
 def test_schedule_values_reach_each_group_by_its_scale():
     model = models.create("vit_tiny", {"embed_dim": 16, "depth": 1, "num_heads": 2})
-    optimizer = optimizer_of(parameter_groups(model, 0.05, layer_decay=0.5), lr=1.0)
+    options = training_options(["--layer_decay", "0.5"])
+    optimizer = create_optimizer(parameter_groups(model, options), options)
     set_schedules(optimizer, 0.1, 0.3)
     for group in optimizer.param_groups:
         assert group["lr"] == 0.1 * group["lr_scale"] and type(group["lr"]) is float
@@ -99,7 +105,7 @@ def test_adamw_is_fused_and_its_step_is_the_papers():
 @pytest.mark.parametrize("name", ["sgd", "lamb", "adamw", "lion", "nadamw", "lookahead_adamw"])
 def test_optimizers_of_timm_step(name):
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = optimizer_of(weight, name, betas=[0.8, 0.9])
+    optimizer = optimizer_of(weight, "--opt", name, "--opt_betas", "0.8", "0.9")
     assert optimizer.defaults.get("betas", (0.8, 0.9)) == (0.8, 0.9)
     weight.grad = torch.ones(2, 2)
     optimizer.step()

@@ -1,0 +1,52 @@
+"""The floating-point type that a run computes in, and the scaler that guards its updates."""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Precision:
+    """Autocast to `dtype` (None: float32 throughout) on `device`, and the scaler that guards every update.
+
+    One scaler serves all precisions. At scale 1 it multiplies by exactly 1 and still skips an update with non-finite
+    gradients, on the device, without a wait. In float16 it scales the loss as well.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self):
+        settings = {} if self.scales_loss else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(self.device.type, **settings)
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.dtype == torch.float16
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    @classmethod
+    def choose(cls, device: torch.device, use_amp: bool, name: str | None = None) -> "Precision":
+        """Choose float32 or, with `use_amp`, the type of that name: by default float16 on cuda and bfloat16 elsewhere.
+
+        A CPU without bfloat16 units would train many times slower. It stays in float32, with a warning, unless the
+        type is named.
+        """
+        units = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+        if use_amp and name is None and device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, units)):
+            use_amp = False
+            log.warning(
+                "--use_amp true: this CPU has no bfloat16 units and would be many times slower; training in float32"
+            )
+        default = "float16" if device.type == "cuda" else "bfloat16"
+        return cls(device, getattr(torch, name or default) if use_amp else None)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
