@@ -126,6 +126,21 @@ def load_images(
         return _joined(name, parts, row.classes)
 
 
+def load_unlabelled(name: str, data_path: str) -> Images:
+    """Load the training images of a set for their pixels alone: of a folder, all images in train/ or else in itself."""
+    if name not in FOLDERS:
+        return load_images(name, data_path, True, download=True)
+    root = Path(data_path, "train") if Path(data_path, "train").is_dir() else Path(data_path)
+    if not root.is_dir():
+        raise UserError(f"--data_path {data_path}: no such folder; wanted images in it or in its train/")
+    with _explained(name, root):
+        files = sorted(os.path.join(*file) for file in _files(str(root)))
+    paths = [file for file in files if tv.folder.is_image_file(file)]
+    if not paths:
+        raise UserError(f"--data_path {data_path}: no file in {root} ends in {', '.join(tv.folder.IMG_EXTENSIONS)}")
+    return Images(name, [0] * len(paths), paths=paths)
+
+
 def check_same_classes(train: Images, val: Images) -> None:
     """Raise UserError with the class names that only one of the two sets has."""
     if train.class_names and val.class_names and train.class_names != val.class_names:

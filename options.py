@@ -10,6 +10,8 @@ import re
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
+ACTIVATION_RULES = ("energy", "coverage", "magnitude_energy")  # element rules that need images
+LEAST_IMAGES = 16
 SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
 # What may change when a run is resumed. Every other option decides which weights come out. bad_images is here because
 # both its values give the same weights up to the first bad image, which ends a run with `fail`.
@@ -97,7 +99,19 @@ def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not (options.output_dir or options.plan):
         parser.error("the following arguments are required: --output_dir")
+    if needs_images(options) and not options.data_path:
+        cause = "--refit true" if options.refit else f"--element_selection {options.element_selection}"
+        parser.error(f"{cause} needs --data_path: images to run the teacher on")
+    if options.refit and options.element_selection == "random_inconsistent":
+        parser.error(
+            "--refit true needs channels that agree between tensors, not --element_selection random_inconsistent"
+        )
     return options
+
+
+def needs_images(options: argparse.Namespace) -> bool:
+    """Return whether weight_selection.py has to run the models."""
+    return options.refit or options.element_selection in ACTIVATION_RULES
 
 
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -152,19 +166,32 @@ def _selection_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to select").add_argument
     add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
         help="which of the teacher's layers, in each stage")
-    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude"),
-        default="uniform", help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
-        "magnitude: those with the largest weights")
+    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude",
+        *ACTIVATION_RULES), help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
+        "magnitude: those with the largest weights; energy, coverage, magnitude_energy: by activations on the images of "
+        "--data_path (default: uniform, as in the paper; energy with --refit)")
     add("--heads", choices=("blend", "keep"),
         help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
-        "blend, as in the paper; keep if heads cannot be mixed)")
-    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules")
+        "blend, as in the paper; keep with --refit or if heads cannot be mixed)")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules and the choice of images")
     add("--include_head", type=boolean, nargs="?", const=True, default=False,
         help="select the classifier too; the numbers of classes must agree")
 
+    add = parser.add_argument_group("refit, and rules by activation").add_argument
+    add("--refit", type=boolean, nargs="?", const=True, default=False,
+        help="after the selection, fit each layer so that the student's activations are the teacher's; no labels needed")
+    add("--ridge", type=number(float, 0), default=0.01,
+        help="how strongly the refit holds on to the selected weights, from 0 to inf")
+    add("--data_set", default="image_folder", help="whose training images to use, as in main.py")
+    add("--data_path", metavar="FOLDER", help="where they are; of image_folder, with or without folders of classes")
+    add("--calibration_images", type=number(int, LEAST_IMAGES), default=1024, metavar="N",
+        help="how many to use; a fifth of them measures the refit")
+    add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's)")
+    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+
     add = parser.add_argument_group("showing the plan").add_argument
     add("--plan", action="store_true", help="print the plan as JSON and stop; reads no weights except for "
-        "--element_selection magnitude")
+        "--element_selection magnitude, and weights and images for the rules by activation")
     add("--plot", metavar="FILE.png", help="draw the plan")
     return parser
 

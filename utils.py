@@ -59,6 +59,8 @@ class Stream(enum.IntEnum):
     SLOTS = 107  # indices that a random element rule takes from an axis group, per name of the group
     AUGMENT = 108  # augmentation on the device, per epoch and index
     NOISE = 109  # pixels that random erasing fills in on the device, per step and chunk
+    CALIBRATION = 110  # images that a refit and the rules by activation see
+    ROWS = 111  # places in these images that take part in a layer's regression, per layer and batch
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:

@@ -19,7 +19,7 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import selection_options
+from options import ACTIVATION_RULES, LEAST_IMAGES, needs_images, selection_options
 
 if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
@@ -28,24 +28,30 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
 import models
+from datasets import load_unlabelled
+from images.settings import View
+from images.transforms import evaluation_batches
 from models import ModelSpec
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.picture import check_plot, draw
-from selection.plan import Plan, choose
+from selection.plan import Outline, choose
 from selection.rules import Choices
+from selection.running import Running, image_size
+from selection.scratch import BATCH, Calibration
 from selection.teacher import read_teacher
 from selection.tensors import magnitudes, select
-from utils import UserError, check_creatable, json_lines, run_script, start_logging
+from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
 from weightfiles.initialization import check_replaceable, write_initialization
 from weightfiles.lazy import Weights
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, shapes_of
@@ -53,6 +59,14 @@ from weightfiles.read import WEIGHT_SUFFIXES, check_finite, shapes_of
 log = logging.getLogger(__name__)
 
 PUBLISHED = Choices()
+
+
+@dataclass(frozen=True)
+class OnImages:
+    """Images to run the teacher on, for the rules by activation; with a `ridge` also to refit the student."""
+
+    images: Calibration
+    ridge: float | None = None
 
 
 # ---- from two models to the student's tensors ----
@@ -67,6 +81,7 @@ def select_weights(
     choices: Choices = PUBLISHED,
     include_head: bool = False,
     plan_only: bool = False,
+    on_images: OnImages | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
     """Select the student's tensors (none with `plan_only`), and describe them for the `.json` beside the file.
 
@@ -79,22 +94,30 @@ def select_weights(
     teacher_model, teacher_family = build(teacher)
     if teacher_family != family:
         raise UserError(f"{teacher.name} is of the family {teacher_family}, {student.name} of the family {family}")
-    weights = None
-    if not plan_only or choices.element_selection == "magnitude":
+    weights, classes = None, 0
+    if not plan_only or choices.element_selection == "magnitude" or on_images:
         weights = read_teacher(teacher, teacher_model, pretrained_path, model_key)
     if include_head:
         classes = _count_classes(weights, teacher_model, teacher.name)
         student = replace(student, kwargs={"num_classes": classes, **student.kwargs})
         student_model, _ = build(student)
-    plan = make_plan(teacher_model, student_model, choices, include_head=include_head, weights=weights)
+    outline = make_outline(teacher_model, student_model, choices, include_head=include_head, weights=weights)
+    running = on_images and Running(teacher, teacher_model, student_model, weights, on_images.images, classes)
+    plan = choose(outline, choices, _scores(outline, choices.element_selection, weights, running))
     tensors = {} if plan_only else select(weights, plan)
     check_finite(tensors, pretrained_path or teacher.name)
+    about = {"calibration": on_images.images.about | {"teacher_rebuilt_with": running.regridded}} if running else {}
+    if running and tensors and on_images.ridge is not None:
+        spread = choices.layer_selection == "uniform"
+        tensors, about["refit"] = running.refit(student, tensors, plan, on_images.ridge, to_stage_end=spread)
+        check_finite(tensors, f"the refitted {student.name}")
     return tensors, {
         "family": family,
         "student": _described(student),
         "teacher": _described(teacher) | {"file": pretrained_path},
         "choices": asdict(choices) | {"heads": plan.heads, "include_head": include_head},
         "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
+        **about,
         "plan": plan.as_json(),
     }
 
@@ -109,22 +132,30 @@ def build(spec: ModelSpec) -> tuple[nn.Module, str]:
     return model, family
 
 
-def make_plan(
+def make_outline(
     teacher: nn.Module, student: nn.Module, choices: Choices, *, include_head: bool, weights: Weights | None
-) -> Plan:
-    """Plan a pair of models of one family.
+) -> Outline:
+    """Match a pair of models of one family.
 
-    The teacher's `weights` are read for the rule "magnitude" only. If the head is taken, its shapes are those in the
-    file: a trained head may have other classes than timm's model of that name.
+    If the head is taken, its shapes are those in the file: a trained head may have other classes than timm's model of
+    that name.
     """
     family = FAMILIES[models.family_of(student)]
     left_out = () if include_head else models.head_prefixes(student)
     layout = Layout.of(teacher, family, left_out)
     if include_head and weights is not None:
         layout = replace(layout, shapes=layout.shapes | weights.shapes)
-    outline = match(family, layout, Layout.of(student, family, left_out), choices)
-    scores = magnitudes(weights, outline) if choices.element_selection == "magnitude" else None
-    return choose(outline, choices, scores)
+    return match(family, layout, Layout.of(student, family, left_out), choices)
+
+
+def _scores(
+    outline: Outline, rule: str, weights: Weights | None, running: Running | None
+) -> dict[str, np.ndarray] | None:
+    """Score the indices of each axis group, if the rule needs it; see `selection.rules.select_indices`."""
+    if rule not in ("magnitude", *ACTIVATION_RULES):
+        return None
+    scores = magnitudes(weights, outline)
+    return running.scores(outline, rule, scores) if rule in ACTIVATION_RULES else scores
 
 
 def _described(spec: ModelSpec) -> dict:
@@ -155,16 +186,26 @@ def main(argv: list[str] | None = None) -> Path | None:
     if not options.plan:
         path = _output_path(options.output_dir, family)
         check_replaceable(path)
+    rule = options.element_selection or ("energy" if options.refit else "uniform")
+    heads = options.heads or ("keep" if options.refit else None)
+    on_images = None
+    if options.refit:
+        log.info("--refit: --element_selection %s and --heads %s", rule, heads)
+    if needs_images(options):
+        images = calibration_images(options, student, Path() if options.plan else path.parent)
+        on_images = OnImages(images, options.ridge if options.refit else None)
     tensors, description = select_weights(
         teacher,
         student,
         pretrained_path=options.pretrained_path,
         model_key=options.model_key,
-        choices=Choices(options.layer_selection, options.element_selection, options.heads, options.seed),
+        choices=Choices(options.layer_selection, rule, heads, options.seed),
         include_head=options.include_head,
         plan_only=options.plan,
+        on_images=on_images,
     )
     _log_remarks(options, description)
+    _log_refit(description.get("refit"))
     if options.plot:
         draw(description, Path(options.plot))
     if options.plan:
@@ -179,6 +220,18 @@ def main(argv: list[str] | None = None) -> Path | None:
     what = f"{len(tensors)} tensors, {count:,} values for {student.name} from {teacher.name}"
     print(f"{path}: {what}, sha256 {sha256[:12]}…")
     return path
+
+
+def calibration_images(options: argparse.Namespace, student: ModelSpec, folder: Path) -> Calibration:
+    """Draw the images of --data_path by --seed and keep them in a file in `folder`, as main.py's evaluation sees them."""
+    images = load_unlabelled(options.data_set, options.data_path)
+    if len(images) < LEAST_IMAGES:
+        raise UserError(f"--data_path {options.data_path} has {len(images)} images; at least {LEAST_IMAGES} are needed")
+    chosen = permutation(len(images), Stream.CALIBRATION, options.seed)[: options.calibration_images]
+    size = options.input_size or image_size(build(student)[0])
+    view = View(size, None, options.imagenet_default_mean_and_std)
+    about = {"data_set": options.data_set, "input_size": size, "mean": list(view.mean), "std": list(view.std)}
+    return Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)
 
 
 def _pair(options: argparse.Namespace) -> tuple[ModelSpec, ModelSpec, str]:
@@ -209,6 +262,17 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
     if options.plan and options.output_dir:
         log.warning("--output_dir has no effect with --plan: nothing is written there")
+
+
+def _log_refit(refit: dict | None) -> None:
+    """Log how many layers were refitted and how near the student is to its teacher."""
+    if refit is None:
+        return
+    left = ", ".join(f"{key} ({reason})" for key, reason in refit["left_as_selected"].items()) or "none"
+    count = refit["refitted"] + len(refit["left_as_selected"])
+    log.info("%d of %d layers refitted; left as selected: %s", refit["refitted"], count, left)
+    shares = [100 * list(each["explained_variance"].values())[-1] for each in (refit["selected"], refit)]
+    log.info("the student explains %.1f %% of the teacher's last stream as selected, %.1f %% refitted", *shares)
 
 
 def _output_path(output_dir: str, family: str) -> Path:

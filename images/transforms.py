@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -51,6 +52,15 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
 def eval_transform(view: View) -> transforms.Compose:
     """Build the evaluation transform, PIL image to float [3, S, S]: `eval_crop`, then normalization."""
     return transforms.Compose([*eval_crop(view).transforms, ToNormalizedTensor(view.mean, view.std)])
+
+
+def evaluation_batches(images: Images, indices: Sequence[int], view: View, size: int) -> Iterator[Tensor]:
+    """Yield these images, as the evaluation sees them, in batches [size, 3, S, S]; the last may be smaller."""
+    transform = eval_transform(view)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            yield torch.stack(list(pool.map(lambda index: transform(images[index][0]), batch)))
 
 
 def eval_crop(view: View) -> transforms.Compose:

@@ -53,6 +53,11 @@ class Family:
                 return tuple(match.expand(template).split())
         return None
 
+    def block_of(self, name: str) -> str:
+        """Return the beginning of a name that says its block, such as "blocks.3."; "" outside of blocks."""
+        block = re.match(self.layers, name)
+        return block[0] if block else ""
+
     def find(self, patterns: Mapping[str, object], key: str):
         """Return the value of the first of `patterns` that matches `key`, and the match; (None, None) without one."""
         for pattern, value in patterns.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from options import ACTIVATION_RULES
 from utils import Stream, permutation
 
 
@@ -68,7 +69,7 @@ def select_indices(
 ) -> list[int]:
     """Choose `target` of `source` indices along an axis group, ascending. Raises ValueError if there are too few.
 
-    "magnitude" needs `score` [source]. The random rules draw from (seed, name of the group), so that no draw depends on
+    "magnitude" and the rules by activation need `score` [source]. The random rules draw from (seed, name of the group), so that no draw depends on
     the order of the plan.
     """
     if not 1 <= target <= source:
@@ -77,7 +78,7 @@ def select_indices(
         return evenly_spaced(source, target)
     if rule == "consecutive":
         return list(range(target))
-    if rule == "magnitude":
+    if rule in ("magnitude", *ACTIVATION_RULES):
         ranked = np.argsort(-score, kind="stable")  # of equal scores the earlier index wins
         return sorted(ranked[:target].tolist())
     if rule in ("random", "random_inconsistent"):  # they differ in what is a group

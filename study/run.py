@@ -12,6 +12,7 @@ share the work: on two cores, two calls with OMP_NUM_THREADS=1 get more done tha
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -20,10 +21,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.arms import STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
+from study.arms import RATE_SEED, STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
 from utils import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,16 @@ class Place:
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         return bool(lines) and json.loads(lines[-1])["epoch"] == run.epochs - 1
 
+    def best_rate(self, rates: tuple[str, ...], section: str, arm: str) -> str | None:
+        """Return the learning rate with which an arm ended best on RATE_SEED; None until all were tried."""
+        ends = {}
+        for rate in rates:
+            log = self.results / f"{section}/{arm}@{rate}-{RATE_SEED}/log.txt"
+            if not log.exists():
+                return None
+            ends[rate] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["test_acc1"]
+        return max(ends, key=ends.get)
+
     def can_teach(self, run: Run) -> bool:
         """Return whether this teacher is finished. UserError if it is, but its weights are not in `work`.
 
@@ -73,6 +85,8 @@ class Place:
         if run.teacher is None:
             return [train]
         source, file = run.teacher.checkpoint, f"{run.name}.pth"
+        if run.selection is None:
+            return [[*train, "--initialize", source]]
         shuffle = []
         if run.shuffled:
             source = f"{run.teacher.name}_shuffled.pth"
@@ -126,10 +140,13 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-def make_missing(runs: list[Run], place: Place) -> None:
-    """Make the runs that are not finished, in their order, and wait for those that another call works on."""
-    while left := [run for run in runs if not place.finished(run)]:
-        ready = (run for run in left if run.teacher is None or place.can_teach(run.teacher))
+def make_missing(runs: Callable[[], list[Run]], place: Place) -> None:
+    """Make the runs that are not finished, in their order, and wait for those that another call works on.
+
+    `runs` lists them anew after each, because the best learning rate of an arm may be known then.
+    """
+    while left := [run for run in runs() if not place.finished(run)]:
+        ready = (run for run in left if all(map(place.can_teach, run.needs)))
         run, lock = next(((run, lock) for run in ready if (lock := place.lock(run)) is not None), (None, None))
         if run is None:
             time.sleep(POLL_SECONDS)
@@ -186,7 +203,7 @@ def chosen(runs: list[Run], pattern: str) -> list[Run]:
         raise UserError(f"--only {pattern} is not a regular expression: {error}") from error
     if not found:
         raise UserError(f"--only {pattern}: no run has such a name; --list shows them")
-    needed = {*found, *(run.teacher for run in found)}
+    needed = {*found, *(teacher for run in found for teacher in run.needs)}
     return [run for run in runs if run in needed]
 
 
@@ -217,7 +234,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def carry_out(options: argparse.Namespace) -> None:
     place = Place(options.work.resolve(), (options.results or ROOT / "results" / f"study-{options.study}").resolve())
-    runs = chosen(runs_of(STUDIES[options.study]), options.only)
+    study = STUDIES[options.study]
+
+    def planned() -> list[Run]:
+        return chosen(runs_of(study, functools.partial(place.best_rate, study.rates)), options.only)
+
+    runs = planned()
     if options.list:
         print(listing(runs, place))
     elif options.dry_run:
@@ -227,7 +249,7 @@ def carry_out(options: argparse.Namespace) -> None:
                 print("\n".join(shlex.join(command) for command in place.commands(run)))
     else:
         link_data(options.data, place.work)
-        make_missing(runs, place)
+        make_missing(planned, place)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""A teacher and a student that run, side by side on the same images: with the same grid of patches, in float32."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import models
+from models import ModelSpec
+from selection.families import FAMILIES
+from selection.family import Layout
+from selection.match import match
+from selection.plan import Outline, Plan, choose
+from selection.refit import refit
+from selection.rules import Choices
+from selection.scores import activation_scores
+from selection.scratch import Calibration
+from selection.segments import Segments
+from selection.tensors import select
+from utils import UserError
+from weightfiles.lazy import Weights
+
+
+class Running:
+    """A teacher that runs on images, at its own widths but with the student's grid of patches and windows.
+
+    Tables that belong to another grid are resampled, as the plan resamples the student's. `regridded` holds the
+    constructor's arguments that this changed.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        teacher: nn.Module,
+        student: nn.Module,
+        weights: Weights,
+        images: Calibration,
+        classes: int,
+    ) -> None:
+        """`teacher` and `student` are the models on any device. `classes`: of the teacher's head; 0: without it."""
+        self._family, self._images = FAMILIES[models.family_of(teacher)], images
+        self.regridded = {name: size for name, size in _grid(student).items() if _grid(teacher).get(name, size) != size}
+        tensors: Mapping[str, Tensor] = weights
+        if self.regridded:
+            spec = replace(spec, kwargs={**spec.kwargs, **self.regridded})
+            head = models.head_prefixes(teacher)
+            pair = teacher, models.create(spec.name, spec.kwargs, device="meta")
+            layouts = (Layout.of(model, self._family, head) for model in pair)
+            choices = Choices(heads="keep")
+            tensors = {key: weights[key] for key in weights if key.startswith(head)}
+            tensors |= select(weights, choose(match(self._family, *layouts, choices), choices))
+        spec = replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
+        self._teacher = self._segments(spec, tensors, "teacher")
+
+    def _segments(self, spec: ModelSpec, tensors: Mapping[str, Tensor], role: str) -> Segments:
+        return Segments(_filled(spec, tensors), self._family.layers, self._images.shape, f"the {role} {spec.name}")
+
+    def scores(self, outline: Outline, rule: str, magnitudes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Score the indices of each group by a rule of `options.ACTIVATION_RULES`."""
+        return activation_scores(self._teacher, outline, self._family, self._images, rule, magnitudes)
+
+    def refit(
+        self, student: ModelSpec, tensors: dict[str, Tensor], plan: Plan, ridge: float, *, to_stage_end: bool
+    ) -> tuple[dict[str, Tensor], dict]:
+        """Refit the student's selected tensors; return all of them, in their dtypes, and what the `.json` says of it."""
+        students = tuple(self._segments(student, tensors, "student") for _ in range(2))
+        layers = self._family.layers
+        report = refit(self._teacher, students, plan, layers, self._images, ridge=ridge, to_stage_end=to_stage_end)
+        after, before = (each.model.state_dict() for each in students)
+        changed = {
+            key: after[key].to(tensors[key].dtype) for key in tensors if not torch.equal(before[key], after[key])
+        }
+        about = {"ridge": ridge, "refitted": len(report.refitted), "left_as_selected": report.left}
+        about |= asdict(report.closeness) | {"selected": asdict(report.selected)}
+        return {**tensors, **changed}, self._images.about | about
+
+
+def _grid(model: nn.Module) -> dict[str, int | tuple[int, int]]:
+    """Return the constructor's arguments by which a model's patches and windows are laid out."""
+    embed = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
+    sizes = {
+        "img_size": getattr(embed, "img_size", None),
+        "patch_size": getattr(embed, "patch_size", None),
+        "window_size": max(
+            (m.window_size for m in model.modules() if hasattr(m, "relative_position_bias_table")), default=None
+        ),
+    }
+    return {name: tuple(size) for name, size in sizes.items() if size is not None}
+
+
+def _filled(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
+    model = models.create(spec.name, spec.kwargs)
+    with torch.no_grad():
+        for key, own in model.state_dict().items():
+            if key in tensors and tensors[key].shape == own.shape:
+                own.copy_(tensors[key])
+            elif not key.startswith(models.head_prefixes(model)):
+                raise UserError(f"{spec.name} needs {key} {list(own.shape)}, which is missing or has another shape")
+    return model
+
+
+def image_size(student: nn.Module) -> int:
+    """Return the side of the images that a student is made for, in pixels; 224 if it takes any."""
+    size = _grid(student).get("img_size", (224, 224))
+    if size[0] != size[1]:
+        raise UserError(f"the student's images are {size[0]} x {size[1]}: a refit needs square ones")
+    return size[0]

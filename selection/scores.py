@@ -1,0 +1,139 @@
+"""Scores of indices by what a teacher's activations are on images: energy, and how well a channel explains the others."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selection.family import Family
+from selection.layer_inputs import last_channels
+from selection.plan import Axis, Outline
+from selection.scratch import Calibration
+from selection.segments import IMAGES, Segments
+from selection.trace import Call, Trace
+
+
+def activation_scores(
+    teacher: Segments,
+    outline: Outline,
+    family: Family,
+    images: Calibration,
+    rule: str,
+    magnitudes: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Score each index of each axis group, float64 [the teacher's size], by a rule of `options.ACTIVATION_RULES`.
+
+    A head and a hidden unit count by the energy that they write: the mean square of its activation, times the squared
+    norm of the weights that read it. A channel of the stream counts, summed over the layers that read it: by "energy",
+    by its mean square there; by "coverage", by its turn in a greedy choice of the channels that best explain all of
+    them linearly; by "magnitude_energy", by `magnitudes`. So do groups that no layer reads.
+    """
+    moments = _SecondMoments({source.key for source in outline.sources.values()})
+    with torch.no_grad():
+        for batch in images.batches():
+            if not batch.held_out:
+                with Trace(teacher, moments, follow=()):
+                    teacher.run(images.read(batch.images), IMAGES, None)
+    tensors, scores = teacher.model.state_dict(), {}
+    stream: dict[str, Tensor] = {}
+    for key, source in outline.sources.items():
+        moment = moments.sums.get(source.key)
+        if moment is None or len(source.axes) < 2 or source.axes[1] is None:
+            continue
+        for place, group in enumerate(source.axes[1]):
+            if not isinstance(group, str):
+                continue
+            labels = _labels(source.axes[1], place, outline, len(moment))
+            if _is_local(group, key, family):
+                weight = _with_scale(tensors, source.key, family)
+                scores[group] = scores.get(group, 0.0) + _energy_written(weight, moment, labels).numpy()
+            else:
+                stream[group] = stream.get(group, 0.0) + _gathered(moment / moment.diagonal().mean(), labels)
+    if rule == "energy":
+        scores |= {group: moment.diagonal().numpy() for group, moment in stream.items()}
+    elif rule == "coverage":
+        scores |= {group: coverage(moment) for group, moment in stream.items()}
+    return magnitudes | scores
+
+
+@dataclass
+class _SecondMoments:
+    """A visitor that sums the products of a layer's inputs, float64 [inputs, inputs], for the layers in `keys`."""
+
+    keys: set[str | None]
+
+    def __post_init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def ran(self, call: Call) -> None:
+        if call.key in self.keys and call.kind != "batch_norm":
+            x = last_channels(call.input, call.kind)
+            x = x.reshape(-1, x.shape[-1]).double()
+            self.sums[call.key] = self.sums.get(call.key, 0.0) + x.mT @ x
+
+    def wrote(self, call: Call, write) -> None:
+        """Nothing is followed."""
+
+
+def _is_local(group: str, key: str, family: Family) -> bool:
+    """Tell whether a group belongs to the block, or the pooling, of the tensor that reads it, and not to the stream."""
+    block = family.block_of(key)
+    return group.startswith(block) if block else key.startswith(group.rpartition(".")[0] + ".")
+
+
+def _labels(axis: Axis, place: int, outline: Outline, channels: int) -> Tensor:
+    """For each input of a layer, its index in the group at `place` among the factors of `axis`, int64 [channels]."""
+    sizes = [factor if isinstance(factor, int) else outline.sizes[factor][0] for factor in axis]
+    within = int(np.prod(sizes[place + 1 :]))
+    return torch.arange(channels) // within % sizes[place]  # groups of a convolution repeat the axis
+
+
+def _gathered(moment: Tensor, labels: Tensor) -> Tensor:
+    """Add up the moments of a group that an axis repeats (Swin merges the channels of four neighbours)."""
+    turns = labels.argsort(stable=True).reshape(int(labels.max()) + 1, -1).mT
+    return sum(moment[turn][:, turn] for turn in turns)
+
+
+def _energy_written(weight: Tensor, moment: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean square of what all inputs of one label write together, up to a factor, float64 [labels].
+
+    Of a convolution, as if its taps saw independent values.
+    """
+    weight = weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None]
+    if weight.shape[1] < len(moment):  # a grouped convolution: each group's inputs have weights of their own
+        groups = len(moment) // weight.shape[1]
+        norms = weight.square().sum(2).reshape(groups, -1, weight.shape[1]).sum(1).flatten()
+        return torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, norms * moment.diagonal())
+    products = torch.einsum("oit,ojt->ij", weight, weight) * moment
+    one_hot = torch.nn.functional.one_hot(labels).double()
+    return ((products @ one_hot) * one_hot).sum(0)
+
+
+def _with_scale(tensors: dict[str, Tensor], key: str, family: Family) -> Tensor:
+    """Return a layer's weight, times the LayerScale behind it."""
+    weight = tensors[key]
+    for name, scale in tensors.items():
+        template, matched = family.find(family.scales, name)
+        if matched and matched.expand(template) == key.rpartition(".")[0]:
+            return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    return weight
+
+
+def coverage(moment: Tensor) -> np.ndarray:
+    """Rank channels by greedy column subset selection on their second moments [channels, channels], best first highest.
+
+    Each turn takes the channel that explains most of what those before it leave of all channels.
+    """
+    left, score = moment.double().clone(), np.zeros(len(moment))
+    smallest = 1e-10 * left.diagonal().max()
+    for turn in range(len(moment)):
+        own = left.diagonal()
+        gains = torch.where(own > smallest, left.square().sum(0) / own, -1.0)
+        gains[torch.from_numpy(score > 0)] = -2.0
+        best = int(gains.argmax())
+        score[best] = len(moment) - turn
+        if own[best] > smallest:
+            column = left[:, best].clone()
+            left -= torch.outer(column, column) / column[best]
+    return score

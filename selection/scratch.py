@@ -1,0 +1,89 @@
+"""Values of many images in files without names, so that memory does not grow with the number of images."""
+
+import hashlib
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+BATCH = 32  # images
+
+
+class Scratch:
+    """Float32 values for each image, of any shape up to `values` numbers, in a file that vanishes with the process."""
+
+    def __init__(self, folder: Path, images: int, values: int) -> None:
+        """Reserve the space in `folder`. UserError if the disk does not have it."""
+        size = scratch_bytes(images, values)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                needed = f"{size / 2**20:,.0f} MiB are needed for activations"
+                raise UserError(f"{folder}: {needed}: {error.strerror}; see --calibration_images") from error
+            self._values = np.memmap(file, np.float32, "r+", shape=(images, values))
+
+    def read(self, images: slice, shape: tuple[int, ...]) -> Tensor:
+        """Copy the values of these images, [images, *shape]."""
+        return torch.from_numpy(np.array(self._values[images, : math.prod(shape)])).reshape(-1, *shape)
+
+    def write(self, images: slice, values: Tensor) -> None:
+        """Replace the values of these images by [images, …]."""
+        flat = values.reshape(len(values), -1)
+        self._values[images, : flat.shape[1]] = flat.numpy()
+
+
+def scratch_bytes(images: int, values: int) -> int:
+    return 4 * images * values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the images: those at `images`, all of them held out of the regressions or none."""
+
+    number: int
+    images: slice
+    held_out: bool
+
+    def __len__(self) -> int:
+        return self.images.stop - self.images.start
+
+
+class Calibration:
+    """The images of a refit, normalized [3, H, W], in a file; the last fifth is held out of the regressions."""
+
+    def __init__(self, batches: Iterable[Tensor], count: int, folder: Path, about: dict | None = None) -> None:
+        """Keep `count` images, which come in `batches` of [batch, 3, H, W], in a file in `folder`.
+
+        `about` says for the `.json` where they come from and how they were normalized.
+        """
+        self.folder, self.count, self.fitting = folder, count, count - count // 5
+        digest, start = hashlib.sha256(), 0
+        for batch in batches:
+            if start == 0:
+                self.shape = tuple(batch.shape[1:])
+                self._scratch = Scratch(folder, count, math.prod(self.shape))
+            self._scratch.write(slice(start, start + len(batch)), batch)
+            digest.update(batch.numpy().tobytes())
+            start += len(batch)
+        counts = {"images": count, "held_out": count - self.fitting, "images_sha256": digest.hexdigest()}
+        self.about = (about or {}) | counts
+
+    def read(self, images: slice) -> Tensor:
+        """Return these images, [images, 3, H, W]."""
+        return self._scratch.read(images, self.shape)
+
+    def batches(self) -> list[Batch]:
+        """List all images, first those for the regressions."""
+        bounds = [*range(0, self.fitting, BATCH), *range(self.fitting, self.count, BATCH), self.count]
+        pairs = itertools.pairwise(bounds)
+        return [Batch(number, slice(*ends), ends[0] >= self.fitting) for number, ends in enumerate(pairs)]

@@ -1,0 +1,235 @@
+"""See each layer that a model runs, by the tensor it uses, and where its output is added to the stream."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from selection.segments import Segments
+
+# operations by which values only change places
+LAYOUT = frozenset(
+    "transpose permute reshape view flatten unflatten contiguous roll __getitem__ clone dropout movedim swapaxes "
+    "squeeze unsqueeze".split()
+)
+ADDING = frozenset("add add_ __add__ __iadd__ __radd__".split())
+SCALING = frozenset("mul mul_ __mul__ __imul__ __rmul__".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One run of a layer: its input and output as it sees them, channels last for a linear layer, at 1 for a convolution.
+
+    `key` is its weight's name; for a batch norm that of its running mean. `bias` lists the parameters that its bias
+    consists of, one behind the other, each with its size; None stands for values that are no parameter.
+    """
+
+    key: str
+    kind: str  # "linear", "conv2d" or "batch_norm"
+    input: Tensor
+    output: Tensor
+    bias: tuple[tuple[str | None, int], ...] = ()
+    # of a convolution; `padding` may be a word of torch's
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """The addition of a layer's output to the stream, all in the layout of that output.
+
+    `behind` is the stream behind it, and `inside` is 1 where the output arrives and 0 where it was cropped away.
+    `scale` is what multiplies the output on its way (LayerScale, batch norm), None if nothing does. `number` counts
+    the additions of the block.
+    """
+
+    behind: Tensor
+    inside: Tensor
+    scale: Tensor | None
+    number: int
+
+
+class Visitor(Protocol):
+    """Who looks at the layers of a forward pass."""
+
+    def ran(self, call: Call) -> None:
+        """A layer ran."""
+
+    def wrote(self, call: Call, write: Write) -> None:
+        """The output of a layer that is followed was added to the stream."""
+
+
+@dataclass
+class _Branch:
+    """A layer's output on its way to the stream: `leaf` is the output, and the way back to its layout is a gradient."""
+
+    call: Call
+    leaf: Tensor
+    scale: Tensor | None = None
+
+    def back(self, end: Tensor, values: Tensor) -> Tensor:
+        """Bring `values`, in the layout of `end`, into that of the leaf."""
+        return torch.autograd.grad(end, self.leaf, values.expand(end.shape).to(end.dtype), retain_graph=True)[0]
+
+
+class _Placed(torch.autograd.Function):
+    """Give the values of `y` the places of `x`: a scaling changes values, and what comes back must not be scaled."""
+
+    @staticmethod
+    def forward(context, x: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class Trace(TorchFunctionMode):
+    """While active, tell a visitor of each layer that runs, and of each of `follow` that is added to the stream.
+
+    Layers are told by the tensors they use, so that those count which run without their module's call. An output is
+    followed within its block through operations that move values or scale them by parameters. It writes to the stream
+    if it is then added to something that depends on the images. `follow` None: all layers. One use is one forward pass.
+    """
+
+    def __init__(self, segments: Segments, visitor: Visitor, follow: Collection[str] | None = None) -> None:
+        super().__init__()
+        model = segments.model
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(tensor): key for key, tensor in named}
+        self._segments, self._visitor, self._follow = segments, visitor, follow
+        self._branches: dict[int, _Branch] = {}
+        self._constants: dict[int, tuple] = {}  # made of parameters alone -> what they are, for a bias
+        self._alive: list[Tensor] = []  # an id is a tensor's as long as that lives
+        self._additions: dict[str, int] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self._segments.active:
+            return function(*args, **kwargs)
+        name = function.__name__
+        if name in ("linear", "conv2d"):
+            return self._layer(name, function, args, kwargs)
+        if function is F.batch_norm:
+            return self._batch_norm(args, kwargs)
+        place = next((i for i, each in enumerate(args[:2]) if id(each) in self._branches), None)
+        if place is None:
+            return self._note_constant(name, args, function(*args, **kwargs))
+        branch, tensor = self._branches[id(args[place])], args[place]
+        if name in LAYOUT:
+            with torch.enable_grad():
+                return self._on_branch(function(*args, **kwargs), branch)
+        other = args[1 - place] if len(args) > 1 else None
+        if name in SCALING and (self._is_constant(other) or not isinstance(other, Tensor)):
+            factor = other if isinstance(other, Tensor) else torch.full((1,), float(other))
+            return self._scaled(tensor, tensor.detach() * factor, factor, branch)
+        if name in ADDING and isinstance(other, Tensor) and not self._is_constant(other):
+            return self._added(args[0], other if place == 0 else args[1])
+        return function(*args, **kwargs)
+
+    # ---- layers ----
+
+    def _layer(self, kind: str, function, args: tuple, kwargs: dict) -> Tensor:
+        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
+        given |= kwargs
+        output = function(*args, **kwargs)
+        key = self._names.get(id(given["weight"]))
+        if key is None:
+            return output
+        geometry = {}
+        if kind == "conv2d":
+            pairs = {
+                name: given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+            }
+            geometry = {name: value if isinstance(value, str) else _pair(value) for name, value in pairs.items()}
+            geometry |= {"groups": given.get("groups", 1), "kernel": tuple(given["weight"].shape[2:])}
+        call = Call(key, kind, given["input"], output, self._pieces(given.get("bias")), **geometry)
+        return self._started(call)
+
+    def _batch_norm(self, args: tuple, kwargs: dict) -> Tensor:
+        given = dict(
+            zip(
+                ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+                args,
+                strict=False,
+            )
+        )
+        given |= kwargs
+        x, mean, variance = (given[name] for name in ("input", "running_mean", "running_var"))
+        branch = self._branches.get(id(x))
+        output = F.batch_norm(x.detach(), *args[1:], **kwargs)
+        if id(mean) in self._names:
+            self._visitor.ran(Call(self._names[id(mean)], "batch_norm", x.detach(), output))
+        if branch is None:
+            return output
+        factor = (variance + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            factor = factor * given["weight"]
+        return self._scaled(x, output, factor.view(1, -1, *[1] * (x.ndim - 2)), branch)
+
+    def _started(self, call: Call) -> Tensor:
+        self._visitor.ran(call)
+        if self._segments.inside is None or (self._follow is not None and call.key not in self._follow):
+            return call.output
+        leaf = call.output.detach().requires_grad_()
+        with torch.enable_grad():
+            return self._on_branch(leaf.clone(), _Branch(call, leaf))
+
+    # ---- branches ----
+
+    def _on_branch(self, tensor: Tensor, branch: _Branch) -> Tensor:
+        self._branches[id(tensor)] = branch
+        self._alive.append(tensor)
+        return tensor
+
+    def _scaled(self, x: Tensor, y: Tensor, factor: Tensor, branch: _Branch) -> Tensor:
+        scale = branch.back(x, factor)
+        with torch.enable_grad():
+            placed = _Placed.apply(x, y)
+        return self._on_branch(
+            placed, _Branch(branch.call, branch.leaf, scale if branch.scale is None else scale * branch.scale)
+        )
+
+    def _added(self, *operands: Tensor) -> Tensor:
+        behind = operands[0].detach() + operands[1].detach()
+        block = self._segments.inside
+        if block is None:
+            return behind
+        number = self._additions[block] = self._additions.get(block, -1) + 1
+        for operand in operands:
+            branch = self._branches.get(id(operand))
+            if branch is not None and operand.shape == behind.shape:
+                inside = branch.back(operand, torch.ones(1))
+                self._visitor.wrote(branch.call, Write(branch.back(operand, behind), inside, branch.scale, number))
+        return behind
+
+    # ---- tensors made of parameters alone ----
+
+    def _is_constant(self, value: object) -> bool:
+        return isinstance(value, nn.Parameter) or id(value) in self._names or id(value) in self._constants
+
+    def _note_constant(self, name: str, args: tuple, output: object) -> object:
+        flat = [each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg])]
+        tensors = [each for each in flat if isinstance(each, Tensor)]
+        if isinstance(output, Tensor) and tensors and all(map(self._is_constant, tensors)):
+            pieces = [piece for each in tensors for piece in self._pieces(each)] if name == "cat" else ()
+            self._constants[id(output)] = tuple(pieces)
+            self._alive.append(output)
+        return output
+
+    def _pieces(self, bias: Tensor | None) -> tuple[tuple[str | None, int], ...]:
+        if bias is None:
+            return ()
+        known = self._constants.get(id(bias))
+        return known or ((self._names.get(id(bias)), len(bias)),)
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
