@@ -9,7 +9,6 @@ import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 
 from training.finished import FinishedRun, find_runs, read_runs, warn
 from utils import UserError, run_script
@@ -86,6 +85,8 @@ def find_baselines(groups: dict[str, list[FinishedRun]], wanted: str | None) -> 
 
 def spread(values: list[float]) -> dict:
     """Return n, mean (None without values) and sample standard deviation (None for fewer than two)."""
+    from statistics import mean, stdev  # here, because -h need not wait for it
+
     n = len(values)
     return {"n": n, "mean": mean(values) if n else None, "std": stdev(values) if n > 1 else None}
 
@@ -93,7 +94,7 @@ def spread(values: list[float]) -> dict:
 def summarize(name: str, runs: list[FinishedRun], baseline: list[FinishedRun], metric: str) -> dict:
     """Return a group's figures. A positive gain is the better one; the baseline is not compared with itself."""
     best, sign = (min, -1) if "loss" in metric else (max, 1)
-    target = mean(run.last for run in baseline)
+    target = spread([run.last for run in baseline])["mean"]
     compared = [] if runs is baseline else runs
     reached = [
         min((epoch + 1 for epoch, value in run.values.items() if sign * value >= sign * target), default=None)

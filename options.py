@@ -4,7 +4,6 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 """
 
 import argparse
-import ast
 import re
 
 DATA_SETS = (
@@ -48,6 +47,8 @@ def keyword(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    import ast  # here, because -h need not wait for it
+
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from options import FREE_ON_RESUME
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class FinishedRun:
+class FinishedRun(NamedTuple):  # a dataclass would make compare.py -h wait for another import
     folder: Path
     seed: int
     settings: dict[str, str]  # "initialize" is the sha256 of the file, "" for random init
