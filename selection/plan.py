@@ -57,10 +57,6 @@ class Plan:
     heads: str | None
     notes: dict[str, int]
 
-    def indices(self, student_key: str) -> list[list[int] | None]:
-        """Return the teacher's indices along each axis of a student tensor, ascending; None for an axis kept whole."""
-        return [axis and self.axis_indices(axis).tolist() for axis in self.sources[student_key].axes]
-
     def axis_indices(self, axis: tuple[str | int, ...]) -> np.ndarray:
         """Return the teacher's indices along an axis of these factors, ascending; int64 [the student's size]."""
         if axis not in self._known_axes:

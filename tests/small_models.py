@@ -125,3 +125,8 @@ def selected(path, student=SCRIPT_STUDENT, **more):
 def assert_same(tensors, expected):
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def indices_of(plan: Plan, key: str) -> list[list[int] | None]:
+    """The teacher's indices along each axis of a student's tensor; None for an axis that is kept whole."""
+    return [axis and plan.axis_indices(axis).tolist() for axis in plan.sources[key].axes]

@@ -27,6 +27,7 @@ from small_models import (
     SWIN_T,
     VIT,
     VIT_T,
+    indices_of,
     random_tensors,
 )
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
@@ -99,9 +100,9 @@ def outputs(name, kwargs, tensors, create=models.create):
     return model(images)
 
 
-def error(found, expected):
+def error(ours, expected):
     """The largest difference, in units of the largest value expected."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def select(folder, pair, **options):
@@ -145,15 +146,15 @@ def test_shuffled_groups_leave_the_outputs_as_they_were(kind):
     orders = {group: shuffled(plan.groups[group], generator) for group in plan.groups}
 
     every = replace(plan, groups=orders)
-    result = {key: taken(tensor, every.indices(key)) for key, tensor in tensors.items()}
+    result = {key: taken(tensor, indices_of(every, key)) for key, tensor in tensors.items()}
     assert error(outputs(name, kwargs, result), expected) < 1e-12  # float64: sums in another order differ by 1e-15
 
     # the same order in one of the tensors alone: the outputs above are not equal by chance
     several = [group for group in orders if plan.groups[group].size > 1]
     for group in several[:: math.ceil(len(several) / 5)]:
         one = replace(plan, groups=plan.groups | {group: orders[group]})
-        key = next(key for key in tensors if taken(tensors[key], one.indices(key)).ne(tensors[key]).any())
-        result = tensors | {key: taken(tensors[key], one.indices(key))}
+        key = next(key for key in tensors if taken(tensors[key], indices_of(one, key)).ne(tensors[key]).any())
+        result = tensors | {key: taken(tensors[key], indices_of(one, key))}
         assert error(outputs(name, kwargs, result), expected) > 1e-6, (group, key)
 
 
@@ -171,11 +172,11 @@ def test_student_of_the_teachers_size_is_the_teacher(kind, tmp_path):
 
 def positions(plan, axis):
     """The teacher's positions along an axis of the plan, as its text says: factors joined by "*", outermost first."""
-    found = [0]
+    along = [0]
     for factor in axis.split("*"):
         group = plan["groups"].get(factor) or {"teacher_size": int(factor), "indices": range(int(factor))}
-        found = [outer * group["teacher_size"] + inner for outer in found for inner in group["indices"]]
-    return found
+        along = [outer * group["teacher_size"] + inner for outer in along for inner in group["indices"]]
+    return along
 
 
 def as_described(plan, key, teacher):
@@ -247,6 +248,6 @@ def test_student_tensors_are_what_the_description_says(kind, choices, tmp_path):
 def test_what_can_be_folded_or_begun_changes_no_output(kind, tmp_path):
     pair = pair_of(UNEQUAL[kind], same_size=True)
     tensors, result, _ = select(tmp_path, pair, include_head=True)
-    found, expected = outputs(*pair[2:], result), outputs(*pair[:2], tensors)
+    students, expected = outputs(*pair[2:], result), outputs(*pair[:2], tensors)
     # float64: a folded product is rounded once more, convolutions and matrix products add up in another order
-    assert torch.equal(found, expected) if kind in BEGUN else error(found, expected) < 1e-12
+    assert torch.equal(students, expected) if kind in BEGUN else error(students, expected) < 1e-12

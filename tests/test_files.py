@@ -42,7 +42,7 @@ def test_folder_without_or_with_several_fitting_files_is_refused(tmp_path):
     refused("several files made for the family vit .a.pth, b.safetensors.")
 
 
-def test_file_and_description_hold_plain_values_and_belong_together(tmp_path):
+def test_file_and_description_are_plain_and_belong_together(tmp_path):
     path = tmp_path / "vit.safetensors"
     sha256 = write_initialization(path, TENSORS, {"family": "vit"})
     assert json.loads((tmp_path / "vit.json").read_text()) == {

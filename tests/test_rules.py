@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SWIN_T, VIT_B, VIT_T, layout, plan_of, vit_layout
+from small_models import SWIN_T, VIT_B, VIT_T, indices_of, layout, plan_of, vit_layout
 
 from options import selection_options
 from selection.families import FAMILIES
@@ -165,8 +165,8 @@ def test_random_groups_differ_and_depend_on_name_and_seed_alone():
 
 def test_random_inconsistent_draws_for_each_axis_of_each_tensor():
     plan = plan_of(layout(VIT_B, depth=2), layout(VIT_T, depth=2), Choices(element_selection="random_inconsistent"))
-    columns = [plan.indices(f"blocks.{i}.{key}.weight")[1] for i in (0, 1) for key in ("attn.qkv", "mlp.fc1")]
-    rows = [plan.indices(f"blocks.{i}.{key}")[0] for i in (0, 1) for key in ("norm1.weight", "norm1.bias")]
+    columns = [indices_of(plan, f"blocks.{i}.{key}.weight")[1] for i in (0, 1) for key in ("attn.qkv", "mlp.fc1")]
+    rows = [indices_of(plan, f"blocks.{i}.{key}")[0] for i in (0, 1) for key in ("norm1.weight", "norm1.bias")]
     assert {len(kept) for kept in columns + rows} == {192} and len(set(map(tuple, columns + rows))) == 8
     # a group lies on one axis of one tensor
     axes = [(key, axis) for key, source in plan.sources.items() for axis in source.axes if axis]

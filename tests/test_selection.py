@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SWIN_T, VIT, VIT_B, VIT_L, VIT_T, layout, plan_of, vit_layout
+from small_models import SWIN_T, VIT, VIT_B, VIT_L, VIT_T, indices_of, layout, plan_of, vit_layout
 
 from models import ModelSpec
 from options import keyword
@@ -28,9 +28,9 @@ def test_vit_l_is_cut_consistently_unlike_by_the_original():
     for heads in ("blend", "keep"):
         plan = plan_of(layout(VIT_L), layout(VIT_T), Choices(heads=heads))
         for block in range(12):
-            qkv, proj = (plan.indices(f"blocks.{block}.attn.{name}.weight") for name in ("qkv", "proj"))
+            qkv, proj = (indices_of(plan, f"blocks.{block}.attn.{name}.weight") for name in ("qkv", "proj"))
             assert agree(qkv, proj, 1024)
-            assert plan.indices(f"blocks.{block}.attn.qkv.bias") == [qkv[0]]
+            assert indices_of(plan, f"blocks.{block}.attn.qkv.bias") == [qkv[0]]
 
 
 def test_qkv_is_cut_in_three_blocks_if_widths_do_not_divide():
@@ -39,7 +39,7 @@ def test_qkv_is_cut_in_three_blocks_if_widths_do_not_divide():
     plan = plan_of(vit_layout(shapes), vit_layout(smaller))
     kept = [0, 2, 3, 4, 6, 8, 9]  # 10 -> 7 of the original
     rows = kept + [10 + i for i in kept] + [20 + i for i in kept]
-    assert [plan.indices(key) for key in shapes] == [[rows, kept], [kept, kept]]
+    assert [indices_of(plan, key) for key in shapes] == [[rows, kept], [kept, kept]]
 
 
 # ---- heads ----
@@ -59,9 +59,9 @@ def test_heads_are_kept_whole_or_blended(student, heads, expected):
     plan = plan_of(layout(VIT_B), layout(VIT_T, **student), Choices(heads=heads))
     assert plan.heads == (heads or "blend")
     for block in range(12):
-        assert plan.indices(f"blocks.{block}.attn.proj.weight")[1] == expected
+        assert indices_of(plan, f"blocks.{block}.attn.proj.weight")[1] == expected
         rows = [768 * part + column for part in range(3) for column in expected]
-        assert plan.indices(f"blocks.{block}.attn.qkv.bias") == [rows]
+        assert indices_of(plan, f"blocks.{block}.attn.qkv.bias") == [rows]
 
 
 def test_rotary_heads_are_kept_and_the_description_says_so():
@@ -109,7 +109,7 @@ def check_plan(teacher, student, choices, possible):
     for group in (*plan.groups.values(), *plan.layers.values()):
         assert group.kept == sorted(set(group.kept)) and group.kept[0] >= 0 and group.kept[-1] < group.size
     for key, shape in student[0].shapes.items():
-        indices = plan.indices(key)
+        indices = indices_of(plan, key)
         whole = teacher[0].shapes[plan.sources[key].key]
         taken = [size if kept is None else len(kept) for kept, size in zip(indices, whole, strict=False)]
         assert (*taken, *whole[len(taken) :]) == shape, key
@@ -149,7 +149,7 @@ def test_staged_models_are_planned_if_and_only_if_they_fit(names, teacher, stude
 def test_swins_are_planned_if_and_only_if_the_student_fits(teacher, student, choices):
     # the tables of relative positions have an axis of heads, whether these are kept whole or not
     possible = teacher[0] >= student[0] and teacher[0] * teacher[1] >= student[0] * student[1]
-    possible &= all(there >= own for there, own in zip(teacher[2], student[2], strict=True))
+    possible &= all(large >= small for large, small in zip(teacher[2], student[2], strict=True))
     if choices.heads == "keep":
         possible &= teacher[1] >= student[1]
     plan = check_plan(any_swin(teacher), any_swin(student), choices, possible)
@@ -224,7 +224,7 @@ def test_other_families_are_refused():
         select_weights(ModelSpec(SWIN_T), ModelSpec("vit_tiny"), plan_only=True)
 
 
-def test_other_activation_is_noted_and_pooling_if_the_head_is_taken():
+def test_other_activation_is_noted_and_pooling_with_the_head():
     plan = plan_of(layout(VIT_T, **VIT, act_layer="quick_gelu"), layout(VIT_T, **VIT))
     assert plan.notes == {"activation: the teacher's is QuickGELU, the student's GELU": 1}
     for include_head in (True, False):

@@ -91,7 +91,7 @@ def test_stop_of_a_run_that_saves_nothing_asks_for_no_more(train, tmp_path, monk
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "log.txt"}
 
 
-def test_signal_twice_at_once_is_one_request_with_no_terminal_too(monkeypatch):
+def test_two_signals_without_a_terminal_are_one_request(monkeypatch):
     monkeypatch.setattr(os, "write", Mock(side_effect=BrokenPipeError))
     with stopping.StopSignals() as stop:
         stop.defer()

@@ -71,13 +71,14 @@ def lengths_and_parameters(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_and_functions_are_short(path):
+def test_files_functions_and_names_are_short(path):
     name = path.relative_to(ROOT).as_posix()
     longest = 400 if name.startswith("tests/") else 300
     assert name in TABLES or len(path.read_text().splitlines()) <= longest
     for function, lines, parameters in lengths_and_parameters(path):
         assert lines <= 50 or function == TABLES.get(name), f"{function} has {lines} lines"
         assert parameters <= 8, f"{function} has {parameters} parameters"
+        assert len(function) <= 60, f"{function}: a name of {len(function)} characters"
 
 
 def test_formatter_exceptions_are_few():

@@ -56,7 +56,7 @@ def test_normalized_tensors_are_those_of_torchvision_bit_for_bit():
     assert torch.equal(batch, result.expand(2, -1, -1, -1)) and batch.is_contiguous()
 
 
-def test_evaluation_warps_from_384_px_and_takes_crop_pct_and_mean():
+def test_evaluation_warps_from_384_px_and_takes_its_options():
     steps = eval_transform(view(384)).transforms
     assert [type(step).__name__ for step in steps] == ["Resize", "ToNormalizedTensor"]
     assert steps[0].size == (384, 384)
