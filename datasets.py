@@ -146,8 +146,8 @@ def check_same_classes(train: Images, val: Images) -> None:
     if train.class_names and val.class_names and train.class_names != val.class_names:
         only_train = _some(sorted(set(train.class_names) - set(val.class_names)))
         only_val = _some(sorted(set(val.class_names) - set(train.class_names)))
-        found = f"only in training: {only_train}; only in evaluation: {only_val}"
-        raise UserError(f"--data_set {train.name}: classes differ between training and evaluation ({found})")
+        differences = f"only in training: {only_train}; only in evaluation: {only_val}"
+        raise UserError(f"--data_set {train.name}: classes differ between training and evaluation ({differences})")
 
 
 def fraction(images: Images, share: float, seed: int) -> Images:

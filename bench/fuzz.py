@@ -99,24 +99,24 @@ def judge(case: Case, sample: Sample, root: Path) -> Verdict:
             (folder / name).symlink_to(content)
     path, verdict = folder / next(iter(files)), Verdict(case, mutation.__name__, "refused", "")
     for reader in sample.readers:
-        found, said, fault, seconds, peak = watched(reader, path, root)
-        if found is not None and not fault:
-            fault = fault_of_tensors(found, reader, sample, path, mutation in mutations.FITTING)
+        tensors, said, fault, seconds, peak = watched(reader, path, root)
+        if tensors is not None and not fault:
+            fault = fault_of_tensors(tensors, reader, sample, path, mutation in mutations.FITTING)
         verdict = verdict._replace(seconds=verdict.seconds + seconds, memory=max(verdict.memory, peak))
         if fault:
             return verdict._replace(outcome="failed", said=f"{reader.__name__}: {fault}")
-        verdict = verdict._replace(outcome="loaded") if found is not None else verdict._replace(said=said)
+        verdict = verdict._replace(outcome="loaded") if tensors is not None else verdict._replace(said=said)
     return verdict
 
 
 def watched(reader: Callable, path: Path, root: Path) -> tuple[Tensors | None, str, str, float, int]:
     """The tensors or the line that refuses them, what the reader did wrong, its seconds, and its bytes."""
-    found, said, fault, before = None, "", "", listing(root)
+    tensors, said, fault, before = None, "", "", listing(root)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     had, start = memory("VmRSS"), time.process_time()
     SEEN.clear()
     try:
-        found = dict(reader(path))
+        tensors = dict(reader(path))
     except UserError as error:
         said = str(error)
         if not said.isprintable() or len(said) > LONGEST_LINE:
@@ -135,10 +135,10 @@ def watched(reader: Callable, path: Path, root: Path) -> tuple[Tensors | None, s
         fault = f"it took {seconds:.1f} s"
     elif peak > MEMORY:
         fault = f"it took {peak / MB:.0f} MB"
-    return found, said, fault, seconds, peak
+    return tensors, said, fault, seconds, peak
 
 
-def fault_of_tensors(found: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
+def fault_of_tensors(tensors: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
     """How the tensors that a reader found differ from what they must be, bit for bit, or ""."""
     try:
         expected = sample.intact if sample.intact and not fitting else sample.reference(path)
@@ -148,7 +148,7 @@ def fault_of_tensors(found: Tensors, reader: Callable, sample: Sample, path: Pat
             expected = select(path.parent.parent / "whole.safetensors")
     except Exception as error:
         return f"the library finds no tensors: {error!r}"[:300]
-    mine, theirs = described(found), described(expected)
+    mine, theirs = described(tensors), described(expected)
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     return f"not the tensors of the file: {differing[:3]}" if differing else ""
 
@@ -231,13 +231,11 @@ def summary(verdicts: list[Verdict], seconds: float) -> dict:
     outcomes = ("loaded", "refused", "failed")
     return {
         "mutants": len(verdicts),
-        "failed": sum(found.count("failed") for found in kinds.values()),
+        "failed": sum(ends.count("failed") for ends in kinds.values()),
         "seconds": round(seconds, 1),
         "slowest_seconds": round(max(verdict.seconds for verdict in verdicts), 2),
         "most_memory_mb": round(max(verdict.memory for verdict in verdicts) / MB),
-        "kinds": {
-            kind: {outcome: found.count(outcome) for outcome in outcomes} for kind, found in kinds.items() if found
-        },
+        "kinds": {kind: {outcome: ends.count(outcome) for outcome in outcomes} for kind, ends in kinds.items() if ends},
         "mutations": dict(collections.Counter(verdict.mutation for verdict in verdicts).most_common()),
     }
 

@@ -63,8 +63,8 @@ NOT_JSON = ["NaN", "1e999", '"\\ud800"', "9" * 5000, "}", "1,", *("[" * depth + 
 
 def places(node: dict | list) -> list[tuple]:
     """Each (mapping or list, key) at any depth."""
-    here = [(node, key) for key in (node if isinstance(node, dict) else range(len(node)))]
-    return here + [place for _, key in here if isinstance(node[key], dict | list) for place in places(node[key])]
+    own = [(node, key) for key in (node if isinstance(node, dict) else range(len(node)))]
+    return own + [place for _, key in own if isinstance(node[key], dict | list) for place in places(node[key])]
 
 
 def change_json(chance: Chance, content: bytes) -> bytes:
@@ -142,7 +142,7 @@ def change_parts(chance: Chance, content: bytes) -> bytes:
 def change_record(chance: Chance, content: bytes) -> bytes:
     """Change a number in an archive's directory, in the header of a part, or at the end."""
     signature, length = chance.choice(((b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22)))
-    start = chance.choice([found.start() for found in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
+    start = chance.choice([match.start() for match in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
     number = struct.pack("<q", chance.choice((*NUMBERS, chance.getrandbits(32))))[: chance.choice((2, 4))]
     return content[:start] + number + content[start + len(number) :]
 

@@ -42,12 +42,12 @@ def names_of(kind: type) -> list[str]:
 
 def layouts(family: str) -> dict[str, Layout]:
     """Describe all models of the family, without their heads."""
-    found = {}
+    described = {}
     for name in names_of(models.FAMILIES[family].kind):
         model = models.create(name, {}, device="meta")
         if models.family_of(model) == family:
-            found[name] = Layout.of(model, FAMILIES[family], models.head_prefixes(model))
-    return found
+            described[name] = Layout.of(model, FAMILIES[family], models.head_prefixes(model))
+    return described
 
 
 def count(family: str, known: dict[str, Layout], choices: Choices) -> tuple[list[str], dict[str, list[str]]]:
@@ -73,8 +73,8 @@ def counts(family: str, choices: Choices) -> dict:
     refused = dict(sorted(refused.items(), key=lambda item: -len(item[1])))
     values = {name: sum(map(math.prod, layout.shapes.values())) for name, layout in known.items()}
     smaller = sum(values[student] < values[teacher] for teacher, student in (pair.split(" -> ") for pair in planned))
-    found = f"{len(planned)} pairs planned, {smaller} of them with a smaller student"
-    print(f"{family}: {len(known)} models, {found} ({time.perf_counter() - start:.0f} s)")
+    counted = f"{len(planned)} pairs planned, {smaller} of them with a smaller student"
+    print(f"{family}: {len(known)} models, {counted} ({time.perf_counter() - start:.0f} s)")
     for reason, pairs in refused.items():
         print(f"  {len(pairs):6} refused: {reason:18} e.g. {pairs[0]}", flush=True)
     return {

@@ -103,12 +103,12 @@ class Job:
 
 def members(group: int) -> list[int]:
     """List the processes of a group that have not ended."""
-    found = []
+    running = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
             state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            found += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
-    return found
+            running += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
+    return running
 
 
 def _run(argv: list[str], environment: dict[str, str], said: Path) -> None:

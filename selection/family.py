@@ -106,7 +106,7 @@ _NORMS = ("RMSNorm", "SimpleNorm", "BatchNorm", "GroupNorm", "LayerNorm")
 def kinds_of(model: nn.Module, family: Family) -> dict[str, str]:
     """Name what a model is made of and its tensors do not show: layers, norms, activation, rotations, pooling."""
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    found = {
+    made_of = {
         "layers": {kind for name, kind in classes.items() if re.fullmatch(family.layers, f"{name}.")},
         "norms": {norm for norm in _NORMS for kind in classes.values() if norm.lower() in kind.lower()},
         "activation": {kind for name, kind in classes.items() if re.fullmatch(r"(.+\.)?act\d?", name)} - {"Identity"},
@@ -114,9 +114,9 @@ def kinds_of(model: nn.Module, family: Family) -> dict[str, str]:
     rope = getattr(model, "rope", None)
     if rope is not None:
         halves = any(getattr(module, "rotate_half", False) for module in model.modules())
-        found["rotary positions"] = {f"{type(rope).__name__} of {'halves' if halves else 'pairs'}"}
-    found["pooling"] = {str(getattr(model, "global_pool", "") or "none")}
-    return {name: " and ".join(sorted(kinds)) or "none" for name, kinds in found.items()}
+        made_of["rotary positions"] = {f"{type(rope).__name__} of {'halves' if halves else 'pairs'}"}
+    made_of["pooling"] = {str(getattr(model, "global_pool", "") or "none")}
+    return {name: " and ".join(sorted(kinds)) or "none" for name, kinds in made_of.items()}
 
 
 def packed(shapes: Shapes, projection: str, back: str) -> str:

@@ -149,12 +149,12 @@ class _Matching:
 
     def _scales(self, layout: Layout) -> dict[str, str]:
         """Find the projections that a LayerScale follows: projection -> LayerScale."""
-        found = {}
+        scales = {}
         for key in layout.shapes:
             template, matched = self.family.find(self.family.scales, key)
             if matched:
-                found[matched.expand(template)] = key
-        return found
+                scales[matched.expand(template)] = key
+        return scales
 
     def _folding_steps(self, key: str) -> list[tuple]:
         """Multiply a projection by the LayerScale that the student lacks, which is exact."""

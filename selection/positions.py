@@ -24,11 +24,11 @@ def token_rows(layout: Layout) -> dict[str, tuple[int, int]]:
     if rows != sum(counts.values()):
         grid = sides(layout.grid)
         raise Refused("positions", f"pos_embed has {rows} rows besides those of {grid} patches, for {counts}")
-    found, first = {}, 0
+    rows_of, first = {}, 0
     for token, count in counts.items():
-        found[token] = (first, count)
+        rows_of[token] = (first, count)
         first += count
-    return found
+    return rows_of
 
 
 def resampling_steps(

@@ -53,15 +53,15 @@ def panels(plan: Mapping) -> dict[str, list[Strip]]:
     strips: dict[str, list[Strip]] = {}
     for (kind, owner, size, kept), numbers in layers.items():
         strips.setdefault(kind, []).append(Strip(_label(owner, numbers), size, kept))
-    found = {}
+    titled = {}
     for kind in [kind for kind in dict.fromkeys([*TITLES, *strips]) if kind in strips]:
         title, members = TITLES.get(kind, kind), strips[kind]
         if kind == "heads" and "attn" in strips:  # elsewhere heads are blended
             title += ", in the tables of relative positions"
         if len(members) > MOST_STRIPS:
             title += f" (the first {MOST_STRIPS} of {len(members)})"
-        found[title] = members[:MOST_STRIPS]
-    return found
+        titled[title] = members[:MOST_STRIPS]
+    return titled
 
 
 def _place(group: str, stages: Iterable[str]) -> tuple[str, str, int | None]:

@@ -125,18 +125,18 @@ class _ExactCopies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _difference(found: Mapping[str, tuple], model: nn.Module) -> str | None:
+def _difference(in_file: Mapping[str, tuple], model: nn.Module) -> str | None:
     """Say how a file's tensors differ from the model's, apart from the head; None if they do not.
 
     The text goes between "FILE" and "of MODEL".
     """
     head = models.head_prefixes(model)
     expected = shapes_of(model.state_dict(), head)
-    if not expected.keys() & found.keys():
-        return f"has none of the tensors, but such as {next(iter(found), 'none')},"
+    if not expected.keys() & in_file.keys():
+        return f"has none of the tensors, but such as {next(iter(in_file), 'none')},"
     for key, shape in expected.items():
-        if found.get(key) != shape:
-            seen = f"has {key} {list(found[key])}" if key in found else f"has no {key}"
+        if in_file.get(key) != shape:
+            seen = f"has {key} {list(in_file[key])}" if key in in_file else f"has no {key}"
             return f"{seen}, unlike the {list(shape)}"
-    extra = sorted(key for key in found if key not in expected and not key.startswith(head))
+    extra = sorted(key for key in in_file if key not in expected and not key.startswith(head))
     return f"has {extra[0]}, which is no tensor" if extra else None

@@ -74,8 +74,8 @@ def _positions(
     """Make a position embedding [1, rows + patches, width]: rows for the student's tokens, then its grid of patches."""
     grid = resample_abs_pos_embed(tensor[:, prefix:], new, old, num_prefix_tokens=0)
     zero = torch.zeros_like(tensor[:, :1])
-    found = [zero if row is None else tensor[:, first[row[0]] + row[1]].unsqueeze(1) for row in rows]
-    return torch.cat([*found, grid], dim=1)
+    token_rows = [zero if row is None else tensor[:, first[row[0]] + row[1]].unsqueeze(1) for row in rows]
+    return torch.cat([*token_rows, grid], dim=1)
 
 
 def _patch(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, size: list) -> Tensor:

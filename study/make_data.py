@@ -46,8 +46,8 @@ def write_tiny_imagenet(downloads: Path, target: Path) -> None:
         table = archive.read("tiny-imagenet-200/val/val_annotations.txt").decode()
         classes = dict(line.split("\t")[:2] for line in table.splitlines())
         for member in archive.namelist():
-            if found := re.fullmatch(r"tiny-imagenet-200/(train|val)/(?:n\d+/)?images/([^/]+\.JPEG)", member):
-                part, file = found.groups()
+            if match := re.fullmatch(r"tiny-imagenet-200/(train|val)/(?:n\d+/)?images/([^/]+\.JPEG)", member):
+                part, file = match.groups()
                 name = file.partition("_")[0] if part == "train" else classes[file]
                 path = target / part / name / file
                 path.parent.mkdir(parents=True, exist_ok=True)

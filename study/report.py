@@ -134,11 +134,11 @@ def link(name: str, folder: Path, out: Path) -> str:
     return f"[{name}]({Path(os.path.relpath(folder, out)).as_posix()})"
 
 
-def table(question: Question, found: dict[str, list[dict]], out: Path) -> str:
+def table(question: Question, summaries_by_data: dict[str, list[dict]], out: Path) -> str:
     """Return the question's Markdown table for a page in `out`, with a row for each section and arm."""
     heads = ["data", "start", "n", *(head for head, _ in SHARES_OF_RUN), "gain, same seed", "epochs to the baseline"]
     rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    for name, summaries in found.items():
+    for name, summaries in summaries_by_data.items():
         for summary in summaries:
             data = link(name, Path(summary["runs"][0]["folder"]).parent, out)
             at_shares = [compare.cell(value, 1) for value in summary["at"]]
@@ -154,10 +154,10 @@ def table_of_pairs(sections: dict[str, Section]) -> list[str]:
     for name, section in sections.items():
         for first, second in PAIRS:
             if first in section and second in section:
-                found = [differences(section[first], section[second], share) for _, share in SHARES_OF_RUN]
+                gains = [differences(section[first], section[second], share) for _, share in SHARES_OF_RUN]
                 title = f"{ARMS[second].title} above {ARMS[first].title}"
-                cells = (compare.cell(compare.spread(each), 1, sign="+") for each in found)
-                rows.append([name, title, str(len(found[0])), *cells])
+                cells = (compare.cell(compare.spread(each), 1, sign="+") for each in gains)
+                rows.append([name, title, str(len(gains[0])), *cells])
     return ["## Pairs of the same seed", "", *compare.markdown(rows), ""] if len(rows) > 2 else []
 
 
@@ -188,12 +188,12 @@ def notes(sections: dict[str, Section], teachers: list[FinishedRun], out: Path) 
     return "\n".join([HOW_TO_READ, "", *reached, *ran, code]) + "\n"
 
 
-def draw_curves(found: dict[str, list[dict]], path: Path) -> None:
+def draw_curves(summaries_by_data: dict[str, list[dict]], path: Path) -> None:
     """Draw a panel of curves for each section."""
-    columns = min(2, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(2, len(summaries_by_data))
+    rows = -(-len(summaries_by_data) // columns)
     figure = compare.new_figure(figsize=(7 * columns, 4.5 * rows))
-    for index, (name, summaries) in enumerate(found.items()):
+    for index, (name, summaries) in enumerate(summaries_by_data.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         compare.plot_curves(axes, summaries, METRIC)
         axes.set_title(name, fontsize=13, loc="left")
@@ -235,10 +235,12 @@ def report(roots: list[Path], out: Path) -> str:
     sections, teachers = read_study(roots)
     tables = []
     for question in QUESTIONS:
-        found = {name: made for name, section in sections.items() if (made := summaries_of(section, question))}
-        if found:
-            tables.append(table(question, found, out))
-            draw_curves(found, out / f"curves-{question.name}.png")
+        summaries_by_data = {
+            name: made for name, section in sections.items() if (made := summaries_of(section, question))
+        }
+        if summaries_by_data:
+            tables.append(table(question, summaries_by_data, out))
+            draw_curves(summaries_by_data, out / f"curves-{question.name}.png")
     if not tables:
         raise UserError("no arm has both runs and runs of its baseline yet")
     draw_gains(sections, out / "gains.png")

@@ -198,12 +198,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def chosen(runs: list[Run], pattern: str) -> list[Run]:
     """Return the runs whose names match, each with its teacher before it."""
     try:
-        found = [run for run in runs if re.search(pattern, run.name)]
+        matching = [run for run in runs if re.search(pattern, run.name)]
     except re.error as error:
         raise UserError(f"--only {pattern} is not a regular expression: {error}") from error
-    if not found:
+    if not matching:
         raise UserError(f"--only {pattern}: no run has such a name; --list shows them")
-    needed = {*found, *(teacher for run in found for teacher in run.needs)}
+    needed = {*matching, *(teacher for run in matching for teacher in run.needs)}
     return [run for run in runs if run in needed]
 
 

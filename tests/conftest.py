@@ -188,8 +188,8 @@ def wait_for(condition, seconds=60) -> None:
 
 def pids(*described) -> list[int]:
     """The processes that pgrep finds by these words."""
-    found = subprocess.run(["pgrep", *map(str, described)], capture_output=True, text=True).stdout
-    return list(map(int, found.split()))
+    listed = subprocess.run(["pgrep", *map(str, described)], capture_output=True, text=True).stdout
+    return list(map(int, listed.split()))
 
 
 def start(argv: list, *launcher: str) -> subprocess.Popen:

@@ -44,8 +44,8 @@ def in_two(recipe, tmp_path):
 
     def run(more="", to="run", model=TINY_MODEL, codes=(0, 0)):
         argv = [*recipe, *model, *more.split(), "--output_dir", tmp_path / to]
-        found, said = in_two_processes(argv, tmp_path / "said.txt")
-        assert found == [*codes], said
+        ended, said = in_two_processes(argv, tmp_path / "said.txt")
+        assert ended == [*codes], said
         return said
 
     return run
@@ -188,10 +188,10 @@ def test_only_rank_0_downloads(tiny_run, monkeypatch):
 
 
 def test_processes_that_find_different_checkpoints_are_stopped(train, monkeypatch):
-    def found(value, patiently=False):
+    def differing(value, patiently=False):
         return [value, value if patiently else ("checkpoint-3.pth", 20)]
 
-    monkeypatch.setattr(distributed, "of_all_ranks", found)
+    monkeypatch.setattr(distributed, "of_all_ranks", differing)
     with pytest.raises(UserError, match=r"checkpoints \(none, checkpoint-3\.pth\): all nodes must share --output_dir"):
         train()
 

@@ -45,8 +45,8 @@ def commands_of(page):
 
 def calls(script_name, *pages):
     """The arguments behind `script_name` of each whole command in these pages that calls it."""
-    found = (words for page in pages for words in commands_of(page) if script_name in words and "…" not in words)
-    return [words[words.index(script_name) + 1 :] for words in found]
+    commands = (words for page in pages for words in commands_of(page) if script_name in words and "…" not in words)
+    return [words[words.index(script_name) + 1 :] for words in commands]
 
 
 SELECTIONS = calls("weight_selection.py", "README.md", "docs/selection.md")

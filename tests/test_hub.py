@@ -43,7 +43,7 @@ def test_pretrained_weights_come_from_the_hubs_cache(name, hub):
 
 
 @pytest.mark.parametrize(
-    ("filename", "there", "taken"),
+    ("filename", "files", "taken"),
     [
         (None, ["model.safetensors.index.json", "pytorch_model.bin", "model.safetensors"], "model.safetensors"),
         (None, ["model.safetensors.index.json", "pytorch_model.bin"], "pytorch_model.bin"),
@@ -55,8 +55,8 @@ def test_pretrained_weights_come_from_the_hubs_cache(name, hub):
         ("jax.npz", ["jax.npz", "model.safetensors"], "jax.npz"),
     ],
 )
-def test_files_of_a_repository_are_tried_in_timms_order(filename, there, taken, hub):
-    paths = {name: hub("us/vit", name) for name in there}
+def test_files_of_a_repository_are_tried_in_timms_order(filename, files, taken, hub):
+    paths = {name: hub("us/vit", name) for name in files}
     assert pretrained_file(known(hf_hub_id="us/vit", hf_hub_filename=filename), "x") == paths[taken]
 
 

@@ -37,11 +37,11 @@ def test_original_convnext_layout_is_read(tmp_path):
     kwargs = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
     weights = random_tensors(models.create("convnext_femto", kwargs), torch.float32)
     pair = ModelSpec("convnext_femto", kwargs), ModelSpec("convnext_femto", {**kwargs, "dims": (4, 8, 12, 16)})
-    found = []
+    selected = []
     for name, content in (("convnext.pth", {"model": convnext_as_released(weights)}), ("timm.pth", weights)):
         torch.save(content, tmp_path / name)
-        found += select_weights(*pair, pretrained_path=str(tmp_path / name))[:1]
-    assert_same(*found)
+        selected += select_weights(*pair, pretrained_path=str(tmp_path / name))[:1]
+    assert_same(*selected)
 
 
 @pytest.mark.parametrize(

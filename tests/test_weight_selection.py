@@ -270,16 +270,16 @@ def test_output_dir_named_like_a_file_is_a_file(small_teacher, tmp_path):
     assert file.is_file() and len(safetensors.torch.load_file(file)) == 30
 
 
-@pytest.mark.parametrize("there", ["teacher.pth", "mine.pth", "mine.json", "mine.safetensors"])
-def test_files_that_are_not_ours_are_not_overwritten(there, small_teacher, tmp_path):
+@pytest.mark.parametrize("name", ["teacher.pth", "mine.pth", "mine.json", "mine.safetensors"])
+def test_files_that_are_not_ours_are_not_overwritten(name, small_teacher, tmp_path):
     path, _ = small_teacher
-    if there != "teacher.pth":
-        (tmp_path / there).write_text("precious")
-    before = (tmp_path / there).read_bytes()
-    output = tmp_path / there.replace(".json", ".pth").replace(".safetensors", ".pth")
-    with pytest.raises(UserError, match=f"{there} .* would be lost"):
+    if name != "teacher.pth":
+        (tmp_path / name).write_text("precious")
+    before = (tmp_path / name).read_bytes()
+    output = tmp_path / name.replace(".json", ".pth").replace(".safetensors", ".pth")
+    with pytest.raises(UserError, match=f"{name} .* would be lost"):
         weight_selection.main(["--output_dir", str(output), *small_pair(path)])
-    assert (tmp_path / there).read_bytes() == before
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_output_below_a_file_is_refused(small_teacher, tmp_path):

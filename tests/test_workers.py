@@ -100,7 +100,7 @@ def test_workers_use_their_memory_again():
             return torch.zeros(1), memory[-1].data_ptr() if memory else 0  # where the batch before this one is
 
     batches = workers.WorkerBatches(Addresses(), BatchSampler(range(30), 3, False), **{**ALONE, "num_workers": 1})
-    addresses = {int(address) for _, found in batches for address in found}
+    addresses = {int(address) for _, several in batches for address in several}
     assert len(addresses - {0}) == workers.AHEAD + 1
 
 

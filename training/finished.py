@@ -24,14 +24,14 @@ def warn(message: str) -> None:
 
 def find_runs(paths: list[Path]) -> list[Path]:
     """Return the folders at or below `paths` that hold a config.json or a log.txt, each once."""
-    found: dict[Path, Path] = {}
+    by_place: dict[Path, Path] = {}
     for path in paths:
         folders = sorted({file.parent for name in ("config.json", "log.txt") for file in path.rglob(name)})
         if not folders:
             raise UserError(f"{path}: no run in it or below it, expected a folder with config.json and log.txt")
         for folder in folders:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+            by_place.setdefault(folder.resolve(), folder)
+    return list(by_place.values())
 
 
 def read_run(folder: Path, metric: str) -> FinishedRun:

@@ -96,8 +96,8 @@ def find_start(options: argparse.Namespace, output_dir: Path | None) -> Start:
     #   4. random weights.
     resume, auto_resume, training = options.resume, options.auto_resume, not options.eval
     file = fetch_once(resume) if resume else None
-    found = find_checkpoint(resume, output_dir, file=file, auto_resume=auto_resume, training=training)
-    path, state = found or (None, None)
+    checkpoint = find_checkpoint(resume, output_dir, file=file, auto_resume=auto_resume, training=training)
+    path, state = checkpoint or (None, None)
     positions = distributed.of_all_ranks(path and (path.name, state["step"]))
     if len(set(positions)) > 1:
         listed = ", ".join("none" if position is None else position[0] for position in positions)

@@ -20,10 +20,10 @@ INITIALIZATION_FORMAT = "weight-selection initialization 1"
 def check_replaceable(path: Path) -> None:
     """Raise UserError if writing an initialization file to `path` would destroy anything but an initialization file."""
     neighbours = [path, *(path.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES if suffix != path.suffix)]
-    found = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
-    if found and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
+    in_the_way = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
+    if in_the_way and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
         raise UserError(
-            f"--output_dir: {found[0]} is there and would be lost or left without its .json: name another file"
+            f"--output_dir: {in_the_way[0]} is there and would be lost or left without its .json: name another file"
         )
 
 

@@ -38,9 +38,9 @@ def read_weights(path: str | Path, model_key: str = "model|module|state_dict", p
 def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> dict:
     """Pick the weights from the content of the file `path`, as `read_weights` says; its values need not be tensors."""
     keys = model_key.split("|")
-    found = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
-    if found:
-        content = content[found]
+    wrapping = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
+    if wrapping:
+        content = content[wrapping]
     elif len(keys) == 1:
         raise UserError(f"{path} has no weights under --model_key {model_key}; its keys: {_some(content)}")
     for start in ("module.", prefix):
