@@ -2,7 +2,7 @@
 
 import os
 
-# before the imports that read it: no test waits for a network
+# set before the imports, which read it: no test may wait for a network
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
 import json
@@ -27,7 +27,7 @@ from images.settings import Augmentation, Loading, View
 from options import training_options
 from utils import UserError
 
-torch.set_num_threads(1)  # two threads on tensors this small cost more than they give
+torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gains
 
 TINY_MODEL = ["--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
 
@@ -114,7 +114,7 @@ def train(tiny_run, tmp_path):
 
 
 def settings(*words: str, device: str = "cpu") -> tuple[View, Augmentation, Loading]:
-    """How images are seen, augmented and loaded by these options of main.py; by no workers if they do not say."""
+    """The settings of images for these options of main.py; without --num_workers, no workers."""
     options = training_options(["--num_workers", "0", *words])
     loading = Loading.from_options(options, device=torch.device(device))
     return View.from_options(options), Augmentation.from_options(options), loading
@@ -137,7 +137,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def write_run(folder: Path, accuracies: list[float], *, seed=0, sha256=None, processes=1, **options) -> Path:
-    """A finished run with these test accuracies, one an epoch."""
+    """Write a finished run with these test accuracies, one per epoch."""
     wanted = {"epochs": len(accuracies), "lr": 0.001, "batch_size": 64, "update_freq": 1, "data_set": "digits"}
     wanted |= {"data_path": "/data", "eval_data_path": None, "output_dir": str(folder), "seed": seed}
     wanted |= {"initialize": "init/vit.pth" if sha256 else ""} | options
@@ -159,7 +159,7 @@ def error_of(script, *arguments) -> str:
 
 
 def has_logged(folder: Path) -> bool:
-    """Whether a run has finished an epoch."""
+    """Tell whether a run has finished an epoch."""
     return (folder / "log.txt").exists() and bool(read_log(folder))
 
 
@@ -173,7 +173,7 @@ def assert_equal_weights(a: dict, b: dict) -> None:
 
 
 def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:
-    """Run in two processes forked from this one, which saves their start; return the exit codes and the output."""
+    """Run in two processes and return their exit codes and output. Forking them saves the time of their imports."""
     said.unlink(missing_ok=True)
     codes = survive.Job(list(map(str, argv)), 2, said).wait(120)
     return codes, said.read_text()
@@ -187,13 +187,13 @@ def wait_for(condition, seconds=60) -> None:
 
 
 def pids(*described) -> list[int]:
-    """The processes that pgrep finds by these words."""
+    """Return the ids of the processes that pgrep lists for these words."""
     listed = subprocess.run(["pgrep", *map(str, described)], capture_output=True, text=True).stdout
     return list(map(int, listed.split()))
 
 
 def start(argv: list, *launcher: str) -> subprocess.Popen:
-    """Start main.py in a process of its own, or by a launcher: the words between python and main.py."""
+    """Start main.py in its own process. `launcher`: the words between python and main.py."""
     command = [sys.executable, *launcher, str(Path(main.__file__)), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -25,7 +25,7 @@ POINTWISE = [name for name in OPERATIONS if name not in GEOMETRIC]
 
 
 class Augment(DeviceAugment):
-    """DeviceAugment for images that are stored in their own shape, or that come `cropped`."""
+    """Build a DeviceAugment for images of their own shape, or for images that workers have `cropped`."""
 
     cropped = False
 
@@ -70,7 +70,7 @@ def to_array(image):
 
 
 def ours(images, name, magnitude, sign, interpolation="bicubic"):
-    """`images` after one operation, by the way from deviates to tensors that the pipeline takes."""
+    """Apply one operation to `images`, through the pipeline's own path from random deviates to tensors."""
     augment = make(input_size=images.shape[-1], train_interpolation=interpolation)
     augment.policy = Policy(magnitude, limit=20)
     u = np.zeros((6, len(images)))
@@ -84,7 +84,7 @@ def ours(images, name, magnitude, sign, interpolation="bicubic"):
 
 
 def timms(images, name, magnitude, sign, monkeypatch, interpolation="bicubic"):
-    """The same by timm, through the transform that `--augment timm` uses."""
+    """Apply the same operation with timm, through the transform of `--augment timm`."""
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda level: sign * level)
     steps = train_transform(*options(train_interpolation=interpolation, aa="rand-m9-p1-mmax20-inc1")).transforms
     policy = next(step for step in steps if isinstance(step, auto_augment.RandAugment))
@@ -97,7 +97,7 @@ MAGNITUDES = [*np.arange(0, 10.5, 0.5).tolist(), 13.0]
 
 
 def differences(monkeypatch, name, interpolation="bicubic", size=48, magnitudes=MAGNITUDES):
-    """How many levels each value is away from timm's: for each magnitude and sign a float [7, 3, size, size]."""
+    """Yield each value's distance from timm's in levels, for each magnitude and sign: float [7, 3, size, size]."""
     images = pictures(size, size)
     for magnitude, sign in itertools.product(magnitudes, (1, -1)):
         expected = timms(images, name, magnitude, sign, monkeypatch, interpolation)
@@ -227,7 +227,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(changes):
     whole = augment(images, 3, index)
     assert (whole.dtype, whole.shape) == (torch.float32, (37, 3, augment.size, augment.size))
     order = np.random.RandomState(0).permutation(37)
-    parts = np.split(order, [1, 4, 17])  # a batch of one too
+    parts = np.split(order, [1, 4, 17])  # also a batch of one
     parts = torch.cat([augment(images[part], 3, index[part], (9, 9)) for part in parts])
     # matrix products may round differently with another batch size: then a pixel is a level apart
     assert ((parts - whole[order]).abs() < 0.05).float().mean() > 0.999
@@ -248,7 +248,7 @@ def test_same_call_gives_the_same_and_changes_nothing_around_it():
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations that compute or copy (on a GPU, launches); refuses those for which the host waits there."""
+    """Count the operations that compute or copy (on a GPU: launches). Refuse those for which the host waits on a GPU."""
 
     WAITS = "_local_scalar_dense nonzero masked_select bincount equal item unique".split()
     VIEWS = (
@@ -289,7 +289,7 @@ def test_kernels_do_not_grow_with_the_batch(batch, monkeypatch):
 def test_cuda_agrees_with_the_cpu_and_never_waits(changes):
     images, index = photographs(64), np.arange(64)
     augment, moved = make(device="cuda", remode="const", **changes), images.to("cuda")
-    augment(moved, 1, index)  # libraries set themselves up
+    augment(moved, 1, index)  # warm-up: libraries initialize themselves
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

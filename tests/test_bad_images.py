@@ -1,4 +1,4 @@
-"""Images that are odd and images that cannot be read: each is read as torchvision reads it, or named, or skipped."""
+"""Odd and unreadable images: each is read as torchvision reads it, or named in an error, or skipped."""
 
 import errno
 import io
@@ -97,13 +97,13 @@ def test_what_is_no_image_is_named_and_not_waited_for(name, tmp_path):
     assert message.startswith(f"cannot read {shown} (") and message.isprintable()
 
 
-BAD = [3, 4, 19, 39]  # side by side, the last of a class, the last of all
+BAD = [3, 4, 19, 39]  # two neighbours, the last of a class, the last of all
 STAND_IN = {3: 5, 4: 5, 19: 20, 39: 0}
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """20 images of each of two classes; those of BAD are broken, each in another way, and skipped."""
+    """Two classes of 20 images. Those in BAD are broken, each in its own way, and skipped."""
     write_images(tmp_path, "train", {"dark": 20, "light": 20}, size=48)
     images = datasets.load_images("image_folder", str(tmp_path), True)
     for index, broken in zip(BAD, ("empty.jpg", "page.jpg", "half.jpeg", "header.jpg"), strict=True):
@@ -116,7 +116,7 @@ def test_next_image_stands_in_and_each_bad_one_is_reported_once(damaged, caplog)
         (image, label), (expected, wanted) = damaged[index], damaged[STAND_IN.get(index, index)]
         assert image.tobytes() == expected.tobytes() and label == wanted
     assert (damaged.targets()[19], damaged[19][1], damaged.bad_images()) == (0, 1, BAD)
-    # as errors, because ranks other than 0 log nothing below
+    # as errors, because ranks other than 0 log nothing less severe
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 4
     for record, index in zip(caplog.records, BAD, strict=True):
         assert record.getMessage().startswith(f"cannot read {damaged.describe(index)} (")
@@ -140,7 +140,7 @@ def test_marks_are_shared_with_workers_both_ways(damaged):
     loader = DataLoader(damaged, batch_size=None, num_workers=1, persistent_workers=True)
     assert [label for _, label in loader] == [0] * 19 + [1] * 20 + [0]
     assert damaged.bad_images() == [0, *BAD]
-    damaged.mark_bad([18])  # the worker has begun already
+    damaged.mark_bad([18])  # the worker has already started
     assert [label for _, label in loader] == [0] * 18 + [1] * 21 + [0]
     spawned = pickle.loads(ForkingPickler.dumps(damaged))  # as a spawned worker gets it
     spawned.mark_bad([7])
@@ -180,7 +180,7 @@ WAYS = [("timm", "none"), ("timm", "ram"), ("device", "none"), ("device", "ram")
 
 @pytest.fixture
 def folders(image_folder, tmp_path):
-    """A data set with broken images, and the same with their neighbours in their place."""
+    """Write a data set with broken images, and a copy that has their neighbours in their place."""
     damaged, meant = (shutil.copytree(image_folder, tmp_path / name) for name in ("damaged", "meant"))
     for name in BAD_FILES:
         (damaged / name).write_bytes(b"no image")
@@ -204,7 +204,7 @@ def test_skipping_run_equals_one_on_the_stand_ins(way, num_workers, folders, tin
     assert losses[0] == losses[1]
     assert_equal_weights(*map(weights_of, runs))
     assert [counts(run) for run in runs] == [[(2, 1)] * 2, [(0, 0)] * 2]
-    if not num_workers:  # what workers log does not come here
+    if not num_workers:  # the workers' log lines are not captured
         assert [sum(name in record.getMessage() for record in caplog.records) for name in BAD_FILES] == [1, 1, 1]
 
 
@@ -215,7 +215,7 @@ def test_two_processes_and_a_resumed_run_count_the_same(folders, tiny_run, tmp_p
     assert counts(run) == [(2, 1)] * 2
     weights = weights_of(run)
     for path in run.glob("checkpoint-*.pth"):
-        if path.name not in ("checkpoint-0.pth", "checkpoint-1-9.pth"):  # the last update but one
+        if path.name not in ("checkpoint-0.pth", "checkpoint-1-9.pth"):  # the next-to-last update
             path.unlink()
     assert in_two_processes(argv, tmp_path / "said.txt")[0] == [0, 0]
     assert counts(run) == [(2, 1)] * 2

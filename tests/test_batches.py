@@ -1,4 +1,4 @@
-"""Three ways of images to the device: the same crops by workers and device, and the same run again."""
+"""Three ways to bring images to the device: workers and device crop alike, and a run repeats exactly."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def load(root):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Eight JPEG files of one size, larger than what they are trained at."""
+    """Eight JPEG files of one size, larger than the training size."""
     return load(write_smooth(tmp_path, [(160, 200)] * 8, suffix=".jpg"))
 
 
@@ -39,7 +39,7 @@ def batches(images, *words, input_size=48, epoch=0):
 
 
 def augmented(images, shapes):
-    """Images uint8 [N, 3, H, W] through the device's part at 48 px."""
+    """Augment images, uint8 [N, 3, H, W], on the device at 48 px."""
     view, augmentation, loading = settings(*PLAIN, "--input_size", "48")
     return DeviceAugment(view, augmentation, loading.device)(images, 0, np.arange(len(images)), (0, 0), shapes)
 
@@ -57,7 +57,7 @@ def test_crops_of_workers_are_the_crops_of_the_device(input_size, pictures):
     assert len(by_workers) == len(on_device) == 4
     for (images, targets), (others, labels) in zip(by_workers, on_device, strict=True):
         assert images.shape == (2, 3, input_size, input_size) and torch.equal(targets, labels)
-        # up to 32 px the whole image is shrunk to a fifth, and the decoder's own down-scaling has part in it
+        # up to 32 px the whole image shrinks to a fifth, partly in the JPEG decoder's own down-scaling
         assert (levels(images) - levels(others)).abs().mean() < 2
 
 
@@ -133,7 +133,7 @@ def test_batches_of_pixels_know_the_chunk_that_they_are(pictures):
 def test_images_on_the_card_are_gathered_without_a_wait():
     pixels, labels = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8), np.arange(20)
     resident, wanted = Resident(pixels.to("cuda"), labels), np.array([3, 1, 19])
-    resident.batch(wanted)  # libraries set themselves up
+    resident.batch(wanted)  # warm-up: libraries initialize themselves
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

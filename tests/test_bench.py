@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they print is made of what they ran."""
+"""The benchmarks run, and their printed figures follow from what they measured."""
 
 import json
 import multiprocessing
@@ -115,7 +115,7 @@ def test_flops_of_a_vit_are_those_of_its_matrices(input_size):
 def test_rate_is_not_misled_by_batches_that_were_ready(monkeypatch):
     clock, done = [0.0], []
 
-    def steps(count):  # the first four take no time to speak of, the others a tenth of a second
+    def steps(count):  # the first four take almost no time, the others a tenth of a second
         clock[0] += sum(1e-6 if len(done) + number < 4 else 0.1 for number in range(count))
         done.extend(range(count))
 

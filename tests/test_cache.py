@@ -1,4 +1,4 @@
-"""Images decoded once: what a cache holds, what memory it takes, who shares it, and what is refused."""
+"""The image cache: its content, its memory, the processes that share it, and what it refuses."""
 
 import multiprocessing
 import os
@@ -85,7 +85,7 @@ def _first_pixels(sent):
 
 
 class PrivateMemory(torch.utils.data.Dataset):
-    """The private memory that a worker takes to read a lot of shared memory."""
+    """Measure the private memory of a worker that reads much shared memory."""
 
     def __init__(self, shared):
         self.shared = shared
@@ -124,7 +124,7 @@ def unequal(tmp_path):
 
 
 def refused(images, needed, free):
-    """Cache a set that is too large: the message has both sizes, in GiB."""
+    """Check that a set too large to cache is refused with both sizes in GiB."""
     sizes = f"take about {needed} GiB of memory, and {free} GiB are free: give a smaller --cache_size"
     with pytest.raises(UserError, match=f"--cache: the {len(images)} images of .* {sizes}"):
         cache_images(images)
@@ -134,7 +134,7 @@ def test_size_is_judged_by_a_sample_of_the_whole_set(unequal, monkeypatch):
     needed = 32 * 64 * 64 * 3 + 168 * 8 * 8 * 3  # 425,472 bytes; 200 like the first ones would take 2,457,600
     monkeypatch.setattr(cache, "free_memory", lambda *_: 500_000)
     assert len(cache_images(unequal)._memory.bytes) == needed
-    monkeypatch.setattr(cache, "SAMPLE", 1)  # the first image: too much is expected
+    monkeypatch.setattr(cache, "SAMPLE", 1)  # only the first image is decoded: the estimate is too high
     refused(unequal, "0.00229", "0.000466")
 
 
@@ -145,7 +145,7 @@ def test_set_larger_than_its_sample_is_refused_while_decoding(unequal, monkeypat
 
 
 def test_broken_image_is_one_line_from_a_worker_too(mixed, monkeypatch):
-    monkeypatch.setattr(cache, "SAMPLE", 1)  # the image is not among those that are decoded here
+    monkeypatch.setattr(cache, "SAMPLE", 1)  # this image is not in the sample
     path = mixed / "train" / "class1" / "003.png"
     path.write_bytes(b"<html>\nnot found")
     with pytest.raises(BadImage, match=re.escape(f"cannot read {path} (")) as error:

@@ -21,7 +21,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def students(tmp_path):
-    """Two seeds without and three with initialization; the baseline ends at 40 and 50, so at 45 on average."""
+    """Write two runs without and three with initialization. The baseline ends at 40 and 50: 45 on average."""
     for seed, values in enumerate([[10, 30, 40], [20, 52, 50]]):
         write_run(tmp_path / "students" / f"random-{seed}", values, seed=seed)
     for seed, values in enumerate([[46, 70, 60], [40, 45, 80], [30, 40, 44]]):
@@ -99,7 +99,7 @@ def test_lower_loss_is_better(root):
 
 
 BIRDS, CARS = ({"data_set": "image_folder", "data_path": f"/one/{name}"} for name in ("birds", "cars"))
-ELSEWHERE = {"num_workers": 2, "device": "cpu", "data_path": "/a/x"}  # paths and the machine make no difference
+ELSEWHERE = {"num_workers": 2, "device": "cpu", "data_path": "/a/x"}  # paths and the machine do not count
 LARGER = {"lr": 0.002, "model_kwargs": {"depth": 6, "embed_dim": 64}}
 SMALL, COPY = ({"sha256": "aa", "initialize": f"{name}/vit.pth"} for name in ("small", "copy"))
 LARGE = {"sha256": "bb", "initialize": "large/vit.pth"}
@@ -158,7 +158,7 @@ def test_baseline_is_the_named_group(students, tmp_path):
 def test_each_model_and_data_set_has_its_own_baseline(students, root, capsys):
     write_run(root / "a", [1, 2, 4], sha256="bb", data_set="CIFAR100")
     write_run(root / "b", [1, 2, 3], data_set="CIFAR100")
-    write_run(root / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # without a run of random init
+    write_run(root / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # no run starts from random weights
     groups = groups_of(students, root)
     digits, cifar = "random init, data_set=digits, model=unset", "random init, data_set=CIFAR100, model=unset"
     assert [group["baseline"] for group in groups][2:] == [cifar, cifar, groups[4]["label"]]
@@ -237,7 +237,7 @@ def test_plot_is_a_picture(students, tmp_path):
 
 
 def run_script(*arguments, encoding="utf-8"):
-    """Run the script in a process of its own on a terminal of this encoding, where only Python itself is installed."""
+    """Run the script in its own process, with this terminal encoding and without installed packages."""
     code = "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'numpy', 'matplotlib')); "
     code += "runpy.run_path('compare.py', run_name='__main__')"
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}

@@ -132,7 +132,7 @@ def load_hfds(tmp_path, train=True, **more):
 
 
 def first_item(images):
-    """What a spawned process makes of a set that was sent to it."""
+    """Return what a spawned process reads from a data set that was sent to it."""
     image, label = images[4]
     return image.mode, image.size, image.getpixel((0, 0)), label, sys.modules["datasets"] is datasets
 

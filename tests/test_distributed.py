@@ -24,7 +24,7 @@ def final(folder):
 
 @pytest.fixture(scope="module")
 def recipe(image_folder):
-    """The options of a three-epoch run, but for the model."""
+    """The options of a three-epoch run, without those of the model."""
     words = "--data_set image_folder --input_size 32 --device cpu --drop_path 0.1 --epochs 3 --warmup_epochs 1"
     return f"{words} --batch_size 4 --num_workers 1 --lr 1e-3 --data_path {image_folder}".split()
 
@@ -40,7 +40,7 @@ def two_process_run(recipe, tmp_path_factory):
 
 @pytest.fixture
 def in_two(recipe, tmp_path):
-    """Return a function: that run with these options more and into this folder in `tmp_path`; what it printed."""
+    """Return a function that makes that run with more options, in this folder of `tmp_path`, and returns its output."""
 
     def run(more="", to="run", model=TINY_MODEL, codes=(0, 0)):
         argv = [*recipe, *model, *more.split(), "--output_dir", tmp_path / to]
@@ -85,7 +85,7 @@ def test_one_process_with_accumulation_makes_the_same_updates(more, two_process_
 
 
 def test_compiled_run_of_two_processes_is_equal_and_resumes(in_two, tmp_path, monkeypatch):
-    """In bfloat16, with accumulation and an average, as traced for DDP; what is traced is not made into C++ here."""
+    """Train in bfloat16 with accumulation and EMA, traced as for DDP. The trace is not compiled to C++ here."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, mode: real(model, backend="aot_eager"))
     more = "--batch_size 2 --update_freq 2 --model_ema true --model_ema_decay 0.9 --drop_path 0 --use_amp true"
@@ -121,7 +121,8 @@ def test_processes_measure_one_model_where_it_keeps_statistics(recipe, in_two, t
     in_two(more, model=[])
     measured = script.main([*recipe, *more.split(), "--eval", "true", "--output_dir", str(tmp_path / "run")])
     logged = read_log(tmp_path / "run")[0]
-    for name in ("test_loss", "test_loss_ema"):  # batch norm in batches of 6 and 5 or 6 and 5 sums in the same order
+    for name in ("test_loss", "test_loss_ema"):
+        # both runs normalize batches of 6 and 5, so the sums have the same order
         assert measured[name] == pytest.approx(logged[name], rel=1e-5)
 
 

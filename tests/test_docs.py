@@ -1,4 +1,4 @@
-"""The commands of the README and of the pages in docs/, taken from there and run: only paths and numbers of processes change."""
+"""Run the commands of the README and docs/ as they stand there: only paths and numbers of processes change."""
 
 import importlib.util
 import itertools
@@ -44,7 +44,7 @@ def commands_of(page):
 
 
 def calls(script_name, *pages):
-    """The arguments behind `script_name` of each whole command in these pages that calls it."""
+    """The arguments of each complete command that calls `script_name` in these pages."""
     commands = (words for page in pages for words in commands_of(page) if script_name in words and "…" not in words)
     return [words[words.index(script_name) + 1 :] for words in commands]
 
@@ -61,7 +61,7 @@ LAUNCHED = TRAININGS[:4]
 
 
 def placed(words, places):
-    """The arguments with /path/to/NAME/ put where `places` says."""
+    """Replace each /path/to/NAME/ in the arguments by its place in `places`."""
     return [
         next((str(new) + word[len(old) :] for old, new in places.items() if word.startswith(old)), word)
         for word in words
@@ -70,7 +70,7 @@ def placed(words, places):
 
 @pytest.fixture(scope="module")
 def hub_cache(tmp_path_factory):
-    """A cache of the hub that holds both teachers of the paper, with random values, as a download leaves them."""
+    """Fill a hub cache with both teachers of the paper, with random values, as a download leaves them."""
     cache = tmp_path_factory.mktemp("hub")
     for name in ("vit_small_patch16_224.augreg_in21k", "convnext_tiny.fb_in22k"):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def selected(hub_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """CIFAR-100 in its own format and ImageNet's folders, as many images as one update of the commands takes."""
+    """Write CIFAR-100 in its own format and ImageNet as folders, with enough images for one update of the commands."""
     root = tmp_path_factory.mktemp("data")
     cifar = root / "cifar" / "cifar-100-python"
     cifar.mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_plan_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
 
 
 class FirstUpdate(Exception):
-    """Raised when the first optimizer step is done."""
+    """Raised after the first optimizer step."""
 
 
 def _without(words, option):
@@ -190,7 +190,7 @@ def _without(words, option):
     return words[:place] + words[place + 2 :]
 
 
-# one baseline stands for the four: they differ from the commands in the same way
+# one baseline is enough: all four differ from their commands in the same way
 @pytest.mark.parametrize("words", [*TRAININGS, _without(TRAININGS[0], "--initialize")])
 def test_training_reaches_its_first_optimizer_step(words, selected, data, tmp_path, monkeypatch):
     if words in TRAININGS[4:6]:
@@ -201,7 +201,7 @@ def test_training_reaches_its_first_optimizer_step(words, selected, data, tmp_pa
 
     def once(trainer):
         before = {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
-        set_to = 1e-3  # the first of a warm-up's learning rates is 0 and would move nothing
+        set_to = 1e-3  # a warm-up begins at learning rate 0, which would change no weight
         for group in trainer.optimizer.param_groups:
             group["lr"] = set_to
         assert real(trainer).isfinite()

@@ -49,7 +49,7 @@ def test_operations_and_magnitudes_are_distributed_as_timms(aa):
     assert stats.chi2_contingency(table).pvalue > 0.01
     magnitudes = np.concatenate([layer.magnitude[layer.operation < len(OPERATIONS)] for layer in layers])
     theirs = np.array([level for _, level in expected if level is not None])
-    for edge in (0, policy.limit):  # where they are clipped
+    for edge in (0, policy.limit):  # the clipping bounds
         assert abs(np.mean(magnitudes == edge) - np.mean(theirs == edge)) < 0.02
     assert stats.ks_2samp(magnitudes, theirs).pvalue > 0.01
     bins = np.quantile(magnitudes, np.linspace(0, 1, 11))

@@ -62,7 +62,7 @@ def assert_close(model, other):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device, and the copies to the host, which do not dispatch."""
+    """Count the operations that make the host wait for the device, and the copies to the host, which do not dispatch."""
 
     WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 

@@ -101,7 +101,7 @@ def outputs(name, kwargs, tensors, create=models.create):
 
 
 def error(ours, expected):
-    """The largest difference, in units of the largest value expected."""
+    """Return the largest difference relative to the largest expected value."""
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -64,7 +64,7 @@ def second_directory(first, second):
 
 
 def second_locator(first, second):
-    """Both have whole directories; the zip64 locator points to the first's, zipfile takes the one ahead of it."""
+    """Join two whole archives. The zip64 locator points to the first directory; zipfile takes the second."""
     record = first[-98:-42]
     start, size, count = directory(second)
     moved = struct.pack("<QQQQ", count, count, size, len(first) + start)

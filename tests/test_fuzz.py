@@ -1,4 +1,4 @@
-"""Every mutant of a file from outside loads the right values or ends in one line; and the fuzzer would see otherwise."""
+"""Every mutant of a file loads the right values or ends in one line, and the fuzzer notices if not."""
 
 import json
 import os

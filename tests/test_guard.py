@@ -1,4 +1,4 @@
-"""No file from outside runs code, takes the machine along, or gives other values than it holds."""
+"""No file from outside runs code, exhausts the machine, or loads as other values than it holds."""
 
 import io
 import os
@@ -25,7 +25,7 @@ zipped_or_old = pytest.mark.parametrize("zipped", [True, False])
 
 
 def with_pickle(path, code, zipped=True):
-    """Write a file of torch.save whose pickle is `code`, with checksums that fit."""
+    """Write a torch.save file whose pickle is `code`, with correct checksums."""
     if zipped:
         repack(save(path, TENSORS), change=lambda name, content: code if name.endswith("data.pkl") else content)
     else:
@@ -39,7 +39,7 @@ def select(path, **options):
 
 # ---- pickles ----
 
-CODES = [*HOSTILE, b"K\1" + b"\x85" * 10**6]  # the last is nested so deep that hashing it crashes
+CODES = [*HOSTILE, b"K\1" + b"\x85" * 10**6]  # nested so deeply that hashing it crashes
 
 
 @pytest.mark.parametrize("number", range(len(CODES)))
@@ -171,7 +171,7 @@ def test_pipe_in_the_place_of_the_description_is_passed_over(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path):
-    """Check the line that refuses a `.npz` with some of its arrays, or the bytes of `cls`, changed."""
+    """Check the error for a `.npz` with changed arrays, or with changed bytes of `cls`."""
 
     def check(message, change=lambda content: content, include_head=False, **changed):
         np.savez(tmp_path / "vit.npz", **(fuzz_samples.arrays() | changed))

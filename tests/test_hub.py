@@ -1,4 +1,4 @@
-"""The weights that timm knows by name are found in the caches of the hub and of torch, or downloaded and checked."""
+"""timm's named weights come from the caches of the hub and of torch, or are downloaded and checked."""
 
 import hashlib
 import types
@@ -17,7 +17,7 @@ COMMIT = "0" * 40
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub, empty; what it gives writes a file into it as a download would."""
+    """Make an empty hub cache; return a function that adds a file as a download would."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(repository, name, revision="main", tensors=TENSORS):
@@ -82,7 +82,7 @@ def test_file_goes_before_the_hub_and_the_hub_before_the_address(hub, tmp_path, 
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch):
-    """One file stands at every address: its sha256, and the addresses asked for."""
+    """Serve one file at every address; return its sha256 and the list of requested addresses."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     file, asked, real = save(tmp_path / "w.pth"), [], torch.hub.download_url_to_file
 

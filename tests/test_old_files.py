@@ -34,7 +34,7 @@ def test_old_checkpoint_evaluates_and_a_finished_run_is_left(old_run):
 
 
 def test_old_checkpoint_restores_all_and_training_continues(old_run):
-    """The file is turned into one of a run of two epochs, half done; all else in it stays as it was written."""
+    """Turn the checkpoint into one of a half-finished run of two epochs; the rest stays as written."""
     argv, folder = old_run
     state = torch.load(folder / "checkpoint-0.pth", weights_only=True)
     torch.save(state | {"options": state["options"] | {"epochs": 2}}, folder / "checkpoint-0.pth")

@@ -1,4 +1,4 @@
-"""The order of training, each rank's share of the evaluation, and shares of the data."""
+"""The order of training images, each rank's share of the evaluation, and --data_fraction."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tokens and position embeddings that are not the same in teacher and student."""
+"""Tokens and position embeddings that differ between teacher and student."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A teacher's file is opened at once and read where it is asked for; what is damaged there is found there."""
+"""A teacher's file opens at once and is read tensor by tensor; damage shows when its tensor is read."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_part_that_no_tensor_uses_does_not_matter(tmp_path):
 
 
 def private_memory():
-    """Bytes of this process that are not a file's."""
+    """The bytes of this process's memory that are not mapped from a file."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the same weights and the same log as without a stop, or a refusal that names why."""
+"""A resumed run gives the weights and the log of an uninterrupted one, or is refused with the reason."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ OPTIMIZERS = {name: f"--opt {name}" for name in ("sgd", "lamb", "adafactor", "ad
 
 @contextlib.contextmanager
 def plug_pulled(update):
-    """Let a run die in this update, counted over the run from 0."""
+    """Make a run die in this update, counted from 0 over the whole run."""
     real, made = engine._update, iter(range(10**6))
 
     def dying(trainer):
@@ -46,7 +46,7 @@ def state_in(folder, name="checkpoint-2.pth"):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Folders of runs without a stop, by the name of their options."""
+    """The folders of uninterrupted runs, by the name of their options."""
     return {}
 
 
@@ -66,7 +66,7 @@ def test_resumed_run_ends_like_the_uninterrupted_one(extra, update, train, tmp_p
     train(*options, *(["--num_workers 1"] if extra == "workers" else []), to="cut")
     whole, cut = (state_in(folder) for folder in (uninterrupted[extra], tmp_path / "cut"))
     assert whole.keys() == cut.keys() and ("model_ema" in whole) == (extra == "everything")
-    other = {"options", "metrics"}  # the folder, and the time that it took
+    other = {"options", "metrics"}  # the output folder and the epoch's seconds
     assert not [key for key in whole.keys() - other if not survive.same(whole[key], cut[key])]
     assert survive.log_of(uninterrupted[extra]) == survive.log_of(tmp_path / "cut")
 
@@ -100,7 +100,7 @@ def test_command_with_resume_starts_a_folder_and_continues_in_it(train, tmp_path
 
 @pytest.fixture
 def accuracies(monkeypatch):
-    """A list whose values the evaluations of runs give as accuracy, one after the other."""
+    """Return a list; evaluations report its values as accuracy, one by one."""
     real, values = script.evaluate, []
     monkeypatch.setattr(script, "evaluate", lambda *a, **k: {**real(*a, **k), "acc1": values.pop(0)})
     return values
@@ -122,7 +122,7 @@ def test_best_checkpoint_comes_along_into_another_folder(train, tmp_path, accura
     for name, best in (("b", 70.0), ("c", 55.0)):
         train("--epochs 3 --resume", tmp_path / "a" / "checkpoint-1.pth", to=name)
         assert state_in(tmp_path / name, "checkpoint-best.pth")["metrics"]["test_acc1"] == best
-        # without it the best is counted anew, with a file to show
+        # without its file the best figure starts anew
         (tmp_path / "a" / "checkpoint-best.pth").unlink(missing_ok=True)
 
 
@@ -183,11 +183,11 @@ def test_other_number_of_processes_keeps_the_total_batch(update_freq, processes,
     with contextlib.nullcontext() if kept else pytest.raises(UserError, match=refused):
         assert train(options)["epoch"] == 0
     said = "the run continues on 2 processes instead of 1: --update_freq 1 instead of 2 keeps the 8 images"
-    assert (said in caplog.text) == kept  # if any number keeps the total batch
+    assert (said in caplog.text) == kept  # True if some --update_freq keeps the total batch
 
 
 def test_one_process_goes_on_with_the_images_of_two(train, tmp_path):
-    """The state within an epoch that two processes would have left makes the updates of one with accumulation."""
+    """Resume one process with accumulation from a state that two processes left inside an epoch."""
     options = "--epochs 1 --batch_size 4 --save_ckpt_steps 2 --save_ckpt_num 9 --update_freq"
     train(options, "2", to="whole")
     state = state_in(tmp_path / "whole", "checkpoint-0-2.pth")

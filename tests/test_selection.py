@@ -16,7 +16,7 @@ from weight_selection import select_weights
 
 
 def agree(qkv, proj, width):
-    """Whether q, k and v take from their blocks of `width` rows the channels that proj reads, and all the same stream."""
+    """Tell whether q, k and v take the channels that proj reads, each from its `width` rows, and share one stream."""
     rows, columns = qkv
     blocks = [[row - width * block for row in rows if row // width == block] for block in range(3)]
     return blocks == [proj[1]] * 3 and columns == proj[0]

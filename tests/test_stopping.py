@@ -1,4 +1,4 @@
-"""Signals, the folder's lock, the marker: a run that is asked to stop, in this process and in others."""
+"""Signals, the folder's lock, the marker of a requested stop: in this process and in others."""
 
 import fcntl
 import multiprocessing
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def send_at(monkeypatch, where, name, number, call=1):
-    """Let this process get a signal at the `call`-th call of a function, before it does its work."""
+    """Send this process a signal at the `call`-th call of a function, before the call's work."""
     real, calls = getattr(where, name), iter(range(1, 10**6))
 
     def function(*args, **kwargs):
@@ -70,7 +70,7 @@ def test_signal_before_training_ends_and_sigusr1_requeues(number, train, tmp_pat
     send_at(monkeypatch, script, "load_data", number)
     with pytest.raises(Stopped, match="^before the first update$"):
         train()
-    # nothing tells SIGTERM from the end of a job that failed
+    # a launcher that ends a failed job sends the same SIGTERM
     assert (tmp_path / "run" / run_folder.REQUEUE).exists() == (number == signal.SIGUSR1)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
@@ -101,7 +101,7 @@ def test_two_signals_without_a_terminal_are_one_request(monkeypatch):
 
 
 def python(lines, *more):
-    """Start these lines in a process of its own, which says when it is ready."""
+    """Run these lines in a new process; return when it is ready."""
     code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from training import folder, signals\n{lines}"
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, more)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -159,12 +159,12 @@ def test_second_signal_ends_at_once():
     assert run.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("born_after", [0.0, 0.5])  # before its run is killed, after
+@pytest.mark.parametrize("born_after", [0.0, 0.5])  # the worker starts before its run is killed, or after
 def test_worker_does_not_outlive_a_killed_run(born_after):
     reading, writing = os.pipe()
     fork = multiprocessing.get_context("fork")
 
-    def as_worker(run):  # it says its pid, and lives on as if it had images to load
+    def as_worker(run):  # prints its pid and stays alive, like a worker with images to load
         time.sleep(born_after)
         stopping.leave_to_parent(run)
         os.write(writing, f"{os.getpid()}\n".encode())
@@ -182,9 +182,9 @@ def test_worker_does_not_outlive_a_killed_run(born_after):
         if born_after:
             time.sleep(0.2)
         else:
-            os.kill(int(said.readline()), signal.SIGTERM)  # not the run's own
+            os.kill(int(said.readline()), signal.SIGTERM)  # the worker's pid, not the run's
         run.kill()
         run.join()
         start = time.monotonic()
-        said.read()  # to the end, which is the worker's
+        said.read()  # until the worker ends
         assert time.monotonic() - start < born_after + 5

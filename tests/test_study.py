@@ -149,7 +149,7 @@ def test_a_folder_of_work_keeps_its_images(call, tmp_path):
 
 @pytest.fixture
 def hanging(call, tmp_path):
-    """Start the tiny study with a main.py that hangs: its process, the hanging one's id, a function that takes its lock."""
+    """Start the tiny study with a main.py that hangs; return the study's process, the id of the hanging one, a function that takes its lock."""
     place, locked = run.Place(tmp_path / "work", tmp_path / "results"), arms.Run("vit/full/random-0", (), 1, 1.0)
     (tmp_path / "code").mkdir()
     os.mkfifo(tmp_path / "started")
@@ -211,7 +211,7 @@ def test_shuffling_keeps_each_tensors_values(tmp_path):
 
 @pytest.fixture
 def write_runs(tmp_path):
-    """Return a function that writes finished runs of a study with these accuracies, one an epoch."""
+    """Return a function that writes finished runs of a study with these accuracies, one per epoch."""
 
     def write(runs, *, root="study", **changes):
         for name, accuracies in runs.items():

@@ -1,4 +1,4 @@
-"""Runs in processes that are killed, stopped, asked to stop, or that fail: all end soon, and what is left goes on."""
+"""Runs whose processes are killed, stopped, asked to stop, or fail: all end soon and can be resumed."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
 @pytest.fixture
 def job(tiny_run, tmp_path):
-    """Starts runs of several processes, forked from this one, and sees to it that none is left."""
+    """Start runs of several processes, forked from this one; make sure that none survives."""
     jobs = []
 
     def begin(options, processes=2, to="run", logged=False):
@@ -51,7 +51,7 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
 
 def test_bench_notices_processes_that_are_left(job, monkeypatch):
     monkeypatch.setattr(survive, "WORKERS_END_SECONDS", 0.5)
-    monkeypatch.setattr(workers, "leave_to_parent", lambda *_: None)  # torch's own look is every 5 s
+    monkeypatch.setattr(workers, "leave_to_parent", lambda *_: None)  # torch checks every 5 s
     monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 60.0)
     run = job("--epochs 400 --num_workers 1", processes=1, logged=True)
     (worker,) = set(survive.members(run.processes[0].pid)) - {run.processes[0].pid}
@@ -144,7 +144,8 @@ def test_launcher_passes_the_signal_on_and_leaves_nobody_behind(tiny_run, tmp_pa
     argv = tiny_run("--batch_size 4 --epochs 400 --num_workers 1")
     run = start(argv, *TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
     wait_for(lambda: has_logged(tmp_path / "run"))
-    for pid in (run.pid, *pids("-P", run.pid)):  # a batch system signals them all, and the launcher passes its own on
+    # a batch system signals all processes, and the launcher passes on its own signal
+    for pid in (run.pid, *pids("-P", run.pid)):
         os.kill(pid, signal.SIGUSR1)
     _, said = run.communicate(timeout=90)
     assert run.returncode != 0 and re.search("stopped by SIGUSR1 (after|during)", said), said
@@ -155,7 +156,7 @@ def test_launcher_passes_the_signal_on_and_leaves_nobody_behind(tiny_run, tmp_pa
 
 @contextmanager
 def largest_file(size):
-    """Files written inside can have so many bytes: a UserError."""
+    """Limit the size of files written inside to `size` bytes; expect a UserError."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(UserError, match=r"could not be written .*File too large") as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

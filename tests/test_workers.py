@@ -1,4 +1,4 @@
-"""Batches from workers: the same ones however many make them, in memory that is used again, by workers that yield."""
+"""Batches from workers: independent of the number of workers, in reused memory, at low priority."""
 
 import functools
 import multiprocessing
@@ -142,7 +142,7 @@ def test_workers_leave_signals_to_the_run():
 
 
 class Clock(torch.utils.data.Dataset):
-    """Item n is the time at which it was begun; it takes 5 ms."""
+    """Item n is the time of its start; making it takes 5 ms."""
 
     def __getitem__(self, index):
         begun = time.monotonic()
@@ -175,7 +175,7 @@ def test_a_closed_gate_opens_when_the_run_ends_or_a_pass_is_left():
     gate.wait()
     assert 0.04 < time.monotonic() - start < gate.LONGEST
     gate.close()
-    gate.enter_worker()  # nobody is left who could write
+    gate.enter_worker()  # all workers have ended
     gate.wait()
     assert time.monotonic() - start < gate.LONGEST
 

@@ -21,7 +21,7 @@ def pixels(label, size):
 
 
 def made(path):
-    """`path`, once the folders that it is in are there."""
+    """Create the folders above `path`; return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -1,4 +1,4 @@
-"""Weight files for tests: written in every format, damaged, packed anew, refused."""
+"""Weight files for tests: write them in every format, damage them, repack them, expect a refusal."""
 
 import zipfile
 
@@ -21,7 +21,7 @@ TENSORS = {
 
 
 def save(path, tensors=TENSORS):
-    """Write `tensors` in the way that the file's name tells."""
+    """Write `tensors` in the format of the file's suffix."""
     if path.name.endswith(".index.json"):
         save_index(tensors, path)
     elif path.suffix == ".safetensors":
@@ -41,7 +41,7 @@ def flip(path, tensor):
 
 
 def repack(path, compression=zipfile.ZIP_STORED, change=lambda name, content: content, more=()):
-    """Write an archive's entries anew by another writer than torch's."""
+    """Rewrite an archive's entries with another writer than torch's."""
     with zipfile.ZipFile(path) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -57,7 +57,7 @@ def assert_equal(weights, tensors):
 
 
 def assert_refused(path, message, readers=(read_weights, open_weights)):
-    """Both readers end in one line that names the file and does not advise to run it; return the lines."""
+    """Check that both readers refuse with one line that names the file and does not advise unsafe loading; return the lines."""
     lines = []
     for read in readers:
         with pytest.raises(UserError, match=message) as caught:
