@@ -8,6 +8,7 @@ residual that the selected weights leave, so a student that computes the teacher
 """
 
 import contextlib
+import logging
 import math
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from selection.segments import IMAGES, Segments
 from selection.targets import Fit, KeepTargets, Outline, Targets
 from selection.trace import Trace
 from utils import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,8 +98,13 @@ class _Walk:
 
     def __init__(self, teacher: Segments, students: tuple[Segments, Segments], images: Calibration) -> None:
         self._teacher, self._student, self._images = teacher, students[0], images
-        largest = {model: max(map(math.prod, model.shapes)) for model in (teacher, *students)}
-        self._streams = {model: Scratch(images.folder, images.count, values) for model, values in largest.items()}
+        everyone, held_out = range(images.count), range(images.fitting, images.count)
+        self._streams = {
+            model: Scratch(images.folder, which, max(map(math.prod, model.shapes)))
+            for model, which in zip((teacher, *students), (everyone, everyone, held_out), strict=True)
+        }
+        space = sum(stream.mebibytes for stream in self._streams.values())
+        log.info("the refit keeps %.0f MiB of activations in %s while it runs", space, images.folder.resolve())
 
     def _read(self, model: Segments, images: slice, after: int) -> Tensor:
         return self._images.read(images) if after == IMAGES else self._streams[model].read(images, model.shapes[after])
@@ -142,12 +150,11 @@ class _Walk:
         for batch in self._held_out():
             values = self._read(self._teacher, batch.images, end), self._read(student, batch.images, block)
             channel = values[1].ndim - 1 if values[1].shape[-1] == len(stream) else 1
-            wanted, given = (
-                each.double().movedim(channel, -1).flatten(1, -2) for each in alignment.pick(*values, stream)
-            )
+            shared = alignment.pick(*values, stream)
+            wanted, given = (each.double().movedim(channel, -1).reshape(-1, len(stream)) for each in shared)
             error += (wanted - given).square().sum().item()
             squares += wanted.square().sum().item()
-            total, rows = total + wanted.sum((0, 1)), rows + wanted[..., 0].numel()
+            total, rows = total + wanted.sum(0), rows + len(wanted)
         variance = squares - (total.square().sum() / rows).item()
         return 1 - error / variance if variance else float(error == 0)
 

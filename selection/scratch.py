@@ -21,29 +21,29 @@ BATCH = 32  # images
 class Scratch:
     """Float32 values for each image, of any shape up to `values` numbers, in a file that vanishes with the process."""
 
-    def __init__(self, folder: Path, images: int, values: int) -> None:
-        """Reserve the space in `folder`. UserError if the disk does not have it."""
-        size = scratch_bytes(images, values)
+    def __init__(self, folder: Path, images: range, values: int) -> None:
+        """Reserve the space for these images in `folder`. UserError if the disk does not have it."""
+        size = 4 * len(images) * values
         with tempfile.TemporaryFile(dir=folder) as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 needed = f"{size / 2**20:,.0f} MiB are needed for activations"
                 raise UserError(f"{folder}: {needed}: {error.strerror}; see --calibration_images") from error
-            self._values = np.memmap(file, np.float32, "r+", shape=(images, values))
+            self._values, self._first = np.memmap(file, np.float32, "r+", shape=(len(images), values)), images.start
+        self.mebibytes = size / 2**20
 
     def read(self, images: slice, shape: tuple[int, ...]) -> Tensor:
         """Copy the values of these images, [images, *shape]."""
-        return torch.from_numpy(np.array(self._values[images, : math.prod(shape)])).reshape(-1, *shape)
+        return torch.from_numpy(np.array(self._values[self._rows(images), : math.prod(shape)])).reshape(-1, *shape)
 
     def write(self, images: slice, values: Tensor) -> None:
         """Replace the values of these images by [images, …]."""
         flat = values.reshape(len(values), -1)
-        self._values[images, : flat.shape[1]] = flat.numpy()
+        self._values[self._rows(images), : flat.shape[1]] = flat.numpy()
 
-
-def scratch_bytes(images: int, values: int) -> int:
-    return 4 * images * values
+    def _rows(self, images: slice) -> slice:
+        return slice(images.start - self._first, images.stop - self._first)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Calibration:
         for batch in batches:
             if start == 0:
                 self.shape = tuple(batch.shape[1:])
-                self._scratch = Scratch(folder, count, math.prod(self.shape))
+                self._scratch = Scratch(folder, range(count), math.prod(self.shape))
             self._scratch.write(slice(start, start + len(batch)), batch)
             digest.update(batch.numpy().tobytes())
             start += len(batch)
