@@ -9,6 +9,7 @@ Each is printed with the option that repeats it; then the exit code is 1. Linux 
 
 import argparse
 import collections
+import gc
 import logging
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,11 @@ from bench import mutations
 from bench.fuzz_samples import Sample, Tensors, make_samples, select
 from utils import UserError, json_lines
 
-SECONDS = 5.0  # of processor time, per reader
+SECONDS = 5.0  # of processor time, for all readers of a mutant
 HANGS = 40.0  # seconds without an answer
 MB = 2**20
 MEMORY = 256 * MB
-ADDRESSES = 8192 * MB  # an allocation beyond this fails, so that a bomb does not take the machine along
+ALLOCATED = 8192 * MB  # an allocation beyond this fails, so that a bomb does not take the machine along
 LONGEST_LINE = 1500
 # Python's audit events that no reader of weights may cause, by their beginnings; and the harmless ones among them
 FORBIDDEN = tuple(
@@ -46,7 +47,6 @@ FORBIDDEN = tuple(
 )
 HARMLESS = ("os.listdir", "os.scandir", "os.walk")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
 
 Case = tuple[str, int, int]  # kind, number, seed
 
@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
     memory: int = 0  # bytes
 
 
-# ---- one mutant, in a forked process ----
+# ---- in the forked process of one mutant ----
 
 SEEN: list[str] = []
 
@@ -74,18 +74,84 @@ def hook(event: str, arguments: tuple) -> None:
         SEEN.append(f"{event} {'to write ' * bool(writes)}{arguments}"[:200])
 
 
-def memory(field: str) -> int:
-    """VmRSS of this process, or VmHWM, the largest that it was; bytes."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
 def listing(root: Path) -> set[str]:
     return {os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names}
 
 
-def judge(case: Case, sample: Sample, root: Path) -> Verdict:
-    """Make the mutant in the folder root/inside/mutant and read it with every reader of its kind."""
+def judge(sample: Sample, path: Path, fitting: bool, root: Path) -> tuple[str, str]:
+    """Read a mutant with every reader of its kind; how it ended, and the line or the reason."""
+    outcome, said = "refused", ""
+    for reader in sample.readers:
+        found, fault, before = None, "", listing(root)
+        SEEN.clear()
+        try:
+            found = dict(reader(path))
+        except UserError as error:
+            said = str(error)
+            if not said.isprintable() or len(said) > LONGEST_LINE:
+                fault = f"not one short line: {said[:300]!r}"
+            elif not any(name in said for name in os.listdir(path.parent)):
+                fault = f"the line names no file: {said[:300]}"
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            fault = f"{error!r}"[:300] + f" at {os.path.basename(last.filename)}:{last.lineno}"
+        if SEEN:
+            fault = f"it did more than read: {'; '.join(SEEN[:3])}"
+        elif changed := listing(root) ^ before:
+            fault = f"files appeared or are gone: {sorted(changed)[:3]}"
+        elif found is not None:
+            outcome, fault = "loaded", fault_of_tensors(found, reader, sample, path, fitting)
+        if fault:
+            return "failed", f"{reader.__name__}: {fault}"
+    return outcome, said
+
+
+def fault_of_tensors(found: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
+    """How the tensors that a reader found differ from what they must be, bit for bit, or ""."""
+    try:
+        expected = sample.intact if sample.intact and not fitting else sample.reference(path)
+        if reader is select:  # from a file that is surely what it says
+            whole = {key: tensor.clone() for key, tensor in expected.items()}
+            safetensors.torch.save_file(whole, "whole.safetensors")
+            expected = select(Path("whole.safetensors"))
+    except Exception as error:
+        return f"the library finds no tensors: {error!r}"[:300]
+    mine, theirs = described(found), described(expected)
+    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    return f"not the tensors of the file: {differing[:3]}" if differing else ""
+
+
+def described(tensors: Tensors) -> dict[str, tuple]:
+    """The dtype, shape and bytes of each tensor."""
+    flat = {key: tensor.detach().contiguous().reshape(-1).view(torch.uint8) for key, tensor in tensors.items()}
+    return {key: (tensor.dtype, tensor.shape, flat[key].numpy().tobytes()) for key, tensor in tensors.items()}
+
+
+def serve(sample: Sample, path: Path, fitting: bool, root: Path, channel: Connection) -> None:
+    """Judge a mutant and send how it ended, with the seconds and bytes that it took."""
+    resource.setrlimit(resource.RLIMIT_DATA, (ALLOCATED, ALLOCATED))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.chdir(root / "inside" / "work")
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    gc.disable()  # a collection would copy all memory that this process shares with its parent
+    logging.disable()
+    sys.addaudithook(hook)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    outcome, said = judge(sample, path, fitting, root)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    memory = (after.ru_maxrss - before.ru_maxrss) * 1024
+    if outcome != "failed" and (seconds > SECONDS or memory > MEMORY):
+        outcome, said = "failed", f"it took {seconds:.1f} s and {memory / MB:.0f} MB"
+    channel.send((outcome, said, seconds, memory))
+
+
+# ---- all of them ----
+
+
+def run(case: Case, sample: Sample, root: Path) -> Verdict:
+    """Make a mutant in the folder root/inside/mutant and judge it in a process of its own, which may die or hang."""
     mutation, files = mutations.mutant(*case, sample.files)
     folder = root / "inside" / "mutant"
     shutil.rmtree(folder, ignore_errors=True)
@@ -97,145 +163,53 @@ def judge(case: Case, sample: Sample, root: Path) -> Verdict:
             os.mkfifo(folder / name)
         else:
             (folder / name).symlink_to(content)
-    path, verdict = folder / next(iter(files)), Verdict(case, mutation.__name__, "refused", "")
-    for reader in sample.readers:
-        tensors, said, fault, seconds, peak = watched(reader, path, root)
-        if tensors is not None and not fault:
-            fault = fault_of_tensors(tensors, reader, sample, path, mutation in mutations.FITTING)
-        verdict = verdict._replace(seconds=verdict.seconds + seconds, memory=max(verdict.memory, peak))
-        if fault:
-            return verdict._replace(outcome="failed", said=f"{reader.__name__}: {fault}")
-        verdict = verdict._replace(outcome="loaded") if tensors is not None else verdict._replace(said=said)
-    return verdict
-
-
-def watched(reader: Callable, path: Path, root: Path) -> tuple[Tensors | None, str, str, float, int]:
-    """The tensors or the line that refuses them, what the reader did wrong, its seconds, and its bytes."""
-    tensors, said, fault, before = None, "", "", listing(root)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    had, start = memory("VmRSS"), time.process_time()
-    SEEN.clear()
+    channel, other_end = multiprocessing.Pipe(duplex=False)
+    arguments = sample, folder / next(iter(files)), mutation in mutations.FITTING, root, other_end
+    child = multiprocessing.get_context("fork").Process(target=serve, args=arguments)
+    child.start()
+    other_end.close()
+    ended, reason = None, f"it hangs: no end after {HANGS:.0f} s"
     try:
-        tensors = dict(reader(path))
-    except UserError as error:
-        said = str(error)
-        if not said.isprintable() or len(said) > LONGEST_LINE:
-            fault = f"not one short line: {said[:300]!r}"
-        elif not any(name in said for name in os.listdir(path.parent)):
-            fault = f"the line names no file: {said[:300]}"
-    except BaseException as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        fault = f"{error!r}"[:300] + f" at {os.path.basename(last.filename)}:{last.lineno}"
-    seconds, peak = time.process_time() - start, memory("VmHWM") - had
-    if SEEN:
-        fault = f"it did more than read: {'; '.join(SEEN[:3])}"
-    elif changed := listing(root) ^ before:
-        fault = f"files appeared or are gone: {sorted(changed)[:3]}"
-    elif seconds > SECONDS:
-        fault = f"it took {seconds:.1f} s"
-    elif peak > MEMORY:
-        fault = f"it took {peak / MB:.0f} MB"
-    return tensors, said, fault, seconds, peak
+        if channel.poll(HANGS):
+            ended = channel.recv()
+    except EOFError:
+        reason = "the process ended"
+    child.kill()
+    child.join()
+    return Verdict(case, mutation.__name__, *(ended or ("failed", f"{reason} (status {child.exitcode})")))
 
 
-def fault_of_tensors(tensors: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
-    """How the tensors that a reader found differ from what they must be, bit for bit, or ""."""
-    try:
-        expected = sample.intact if sample.intact and not fitting else sample.reference(path)
-        if reader is select:  # from a file that is surely what it says
-            whole = {key: tensor.clone() for key, tensor in expected.items()}
-            safetensors.torch.save_file(whole, path.parent.parent / "whole.safetensors")
-            expected = select(path.parent.parent / "whole.safetensors")
-    except Exception as error:
-        return f"the library finds no tensors: {error!r}"[:300]
-    mine, theirs = described(tensors), described(expected)
-    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-    return f"not the tensors of the file: {differing[:3]}" if differing else ""
-
-
-def described(tensors: Tensors) -> dict[str, tuple]:
-    """The dtype, shape and bytes of each tensor."""
-    flat = {key: tensor.detach().contiguous().reshape(-1).view(torch.uint8) for key, tensor in tensors.items()}
-    return {key: (tensor.dtype, tensor.shape, flat[key].numpy().tobytes()) for key, tensor in tensors.items()}
-
-
-# ---- many ----
-
-
-def serve(samples: dict[str, Sample], root: Path, channel: Connection) -> None:
-    """Judge each case that arrives and send the verdict."""
-    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (address_space + ADDRESSES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    (root / "inside" / "work").mkdir(parents=True, exist_ok=True)
-    os.chdir(root / "inside" / "work")
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    logging.disable()
-    warnings.simplefilter("ignore")
-    sys.addaudithook(hook)  # it cannot be removed, hence in the forked process
-    while case := channel.recv():
-        channel.send(judge(case, samples[case[0]], root))
-
-
-def run(cases: list[Case], samples: dict[str, Sample], root: Path) -> Iterator[Verdict]:
-    """The verdict on each case. If the process dies or hangs, its case fails and another process goes on."""
-    child = None
-    for case in cases:
-        if not child:
-            channel, other_end = multiprocessing.Pipe()
-            child = multiprocessing.get_context("fork").Process(target=serve, args=(samples, root, other_end))
-            child.start()
-            other_end.close()
-        channel.send(case)
-        reason = f"it hangs: no end after {HANGS:.0f} s"
-        try:
-            if channel.poll(HANGS):
-                yield channel.recv()
-                continue
-        except (EOFError, ConnectionError):
-            reason = "the process ended"
-        child.kill()
-        child.join()
-        mutation, _ = mutations.mutant(*case, samples[case[0]].files)
-        yield Verdict(case, mutation.__name__, "failed", f"{reason} (status {child.exitcode})")
-        child = None
-    if child:
-        channel.send(None)
-        child.join()
-
-
-def fuzz(cases: list[Case]) -> list[Verdict]:
-    """The verdicts, in the order of the cases; failures are printed."""
+def fuzz(mutants: int, seed: int, only: str | None = None) -> list[Verdict]:
+    """Judge at least `mutants` mutants, equally many of each kind, or the one named "KIND/NUMBER"; print failures."""
     torch.set_num_threads(1)  # a forked process has no other threads
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
         root, verdicts = Path(name), []
         (root / "made").mkdir()
-        for verdict in run(cases, make_samples(root / "made"), root):
+        (root / "inside" / "work").mkdir(parents=True)
+        samples = make_samples(root / "made")
+        cases = [(kind, number) for kind in samples for number in range(-(-mutants // len(samples)))]
+        if only:
+            kind, _, number = only.rpartition("/")
+            cases = [(kind, int(number))]
+        for kind, number in cases:
+            verdict = run((kind, number, seed), samples[kind], root)
             verdicts.append(verdict)
             if verdict.outcome == "failed":
-                kind, number, _ = verdict.case
                 print(f"--only '{kind}/{number}' ({verdict.mutation}): {verdict.said}", flush=True)
     return verdicts
 
 
-def all_cases(mutants: int, seed: int) -> list[Case]:
-    """At least `mutants` cases, equally many of each kind."""
-    each = -(-mutants // len(mutations.MUTATIONS))
-    return [(kind, number, seed) for kind in mutations.MUTATIONS for number in range(each)]
-
-
 def summary(verdicts: list[Verdict], seconds: float) -> dict:
     """The counts and extremes that are printed, and written to `--out`."""
-    kinds = {kind: [each.outcome for each in verdicts if each.case[0] == kind] for kind in mutations.MUTATIONS}
-    outcomes = ("loaded", "refused", "failed")
+    counts = collections.Counter((verdict.case[0], verdict.outcome) for verdict in verdicts)
+    kinds = dict.fromkeys(verdict.case[0] for verdict in verdicts)
     return {
         "mutants": len(verdicts),
-        "failed": sum(ends.count("failed") for ends in kinds.values()),
+        "failed": sum(counts[kind, "failed"] for kind in kinds),
         "seconds": round(seconds, 1),
         "slowest_seconds": round(max(verdict.seconds for verdict in verdicts), 2),
         "most_memory_mb": round(max(verdict.memory for verdict in verdicts) / MB),
-        "kinds": {kind: {outcome: ends.count(outcome) for outcome in outcomes} for kind, ends in kinds.items() if ends},
+        "kinds": {kind: {name: counts[kind, name] for name in ("loaded", "refused", "failed")} for kind in kinds},
         "mutations": dict(collections.Counter(verdict.mutation for verdict in verdicts).most_common()),
     }
 
@@ -247,12 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="a .json for the counts")
     parser.add_argument("--only", metavar="KIND/NUMBER", help="one mutant, as a failure is printed")
     options = parser.parse_args(argv)
-    cases = all_cases(options.mutants, options.seed)
-    if options.only:
-        kind, _, number = options.only.rpartition("/")
-        cases = [(kind, int(number), options.seed)]
     start = time.monotonic()
-    verdicts = fuzz(cases)
+    verdicts = fuzz(options.mutants, options.seed, options.only)
     counts = summary(verdicts, time.monotonic() - start)
     if options.only:
         print(*verdicts, sep="\n")

@@ -142,7 +142,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
     foreign = [initialize, read.read_weights, lazy.open_weights, select]
     nested = {"model": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
     pth = written("w.pth", lambda path: torch.save(nested, path))
-    old = written("o.pth", lambda path: save_old(teacher, path))
+    old = written("o.pt", lambda path: save_old(teacher, path))
     plain = written("w.safetensors", lambda path: safetensors.torch.save_file(teacher, path))
     index = written("model.safetensors.index.json", lambda path: save_index(teacher, path))
     pair = written("vit.pth", lambda path: initialization.write_initialization(path, student, description))

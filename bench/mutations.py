@@ -1,6 +1,7 @@
 """The mutations of bench.fuzz, and hostile pickles: pure functions of a random generator and a file's bytes."""
 
 import io
+import itertools
 import json
 import math
 import pickle
@@ -10,8 +11,11 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 Chance = random.Random
+Span = tuple[int, int]  # where a piece of a file starts and ends
 HUGE = 10**11
 NUMBERS = (0, 1, -1, 7, 99, 2**31 - 1, 2**32 - 1, HUGE, 2**63 - 1)
 BOMB = 300 * 2**20  # bytes
@@ -30,18 +34,23 @@ def flip_bits(chance: Chance, content: bytes) -> bytes:
     return bytes(changed)
 
 
+def replace(chance: Chance, content: bytes, spans: list[Span], new: list[bytes]) -> bytes:
+    """Put one of `new`, another span, or nothing in the place of a span or ahead of it."""
+    (start, end), (other, its_end) = chance.choices(spans, k=2)
+    piece = chance.choice((*[chance.choice(new)] * 3, content[other:its_end], b""))
+    return content[:start] + piece + content[chance.choice((start, end, end)) :]
+
+
 def damage(chance: Chance, content: bytes) -> bytes:
-    """Overwrite, insert, lose, repeat, or swap ranges."""
-    a, b, c = sorted(chance.randrange(len(content) + 1) for _ in range(3))
-    b, end = chance.choice((b, min(b, a + 8))), max(0, len(content) - chance.randint(1, 64))
+    """Overwrite, insert, repeat, or lose a range, or the end."""
+    a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+    b, last = chance.choice((b, min(b, a + 8))), max(0, len(content) - chance.randint(1, 64))
     numbers = struct.pack("<q", chance.choice(NUMBERS)), struct.pack("<f", chance.choice((math.nan, -math.inf)))
     new = chance.choice((chance.randbytes(b - a), bytes(b - a), *numbers))
-    at = chance.choice((0, a, end & ~3, len(content)))
-    overwritten = (content[:at] + new + content[at + len(new) :])[: len(content)]
-    lost = chance.choice((content[:a], content[:end], content[:a] + content[b:]))
-    swapped = content[:a] + content[b:c] + content[a:b] + content[c:]
-    inserted, repeated = content[:at] + new + content[at:], content[:b] + content[a:]
-    return chance.choice((overwritten, overwritten, inserted, lost, repeated, swapped))
+    if chance.random() < 0.6:
+        return replace(chance, content, [(a, b), (a, len(content)), (last, len(content))], [new])
+    at = chance.choice((0, a, last & ~3))
+    return (content[:at] + new + content[at + len(new) :])[: len(content)]
 
 
 def other_file(chance: Chance, content: bytes) -> bytes | str | None:
@@ -52,32 +61,28 @@ def other_file(chance: Chance, content: bytes) -> bytes | str | None:
     return chance.choice((*contents, None, *"vit.pth w.pth . absent /dev/zero /dev/full /proc/self/environ".split()))
 
 
-# ---- JSON: descriptions, indices, headers of .safetensors files ----
+# ---- text: JSON descriptions and indices, headers of .safetensors files and of arrays ----
 
-# what may replace a name, dtype, shape, offset, or file
+# strings, numbers, lists or tuples, mappings, other words
+WORDS = [rb"\"[^\"]*\"|'[^']*'", rb"-?\d+", rb"\[[^][]*\]|\([^()]*\)", rb"\{[^{}]*\}", rb"null|true|[Ff]alse|[}\]]"]
+# what may replace them in JSON, and in the header of an array
 NAMES = "F64 F16 BF16 I64 U8 BOOL F8_E4M3 F4 C64 ../secret.safetensors /etc/passwd .. a/../b __metadata__ module.a é".split()
 WRONG = [*NAMES, "", "\n\x1b[2J", "\0", "k" * 5000, None, True, 1.5, *NUMBERS, 10**30]
 WRONG += [[], {}, {"a": {"b": "c"}}, [0, HUGE], [HUGE, HUGE], [-4, 0], [0, 4], [24], [12]]
 NOT_JSON = ["NaN", "1e999", '"\\ud800"', "9" * 5000, "}", "1,", *("[" * depth + "]" * depth for depth in (400, 10**5))]
+JSON = [json.dumps(value).encode() for value in WRONG] + [text.encode() for text in NOT_JSON]
+ARRAY = b"'>f4' '<f8' '<i4' '|O' '<f2' '|S4' '<M8[s]' '<f99' (-1,) () (1.5,) [4] None True 24,1 1,24 96 12".split()
+ARRAY += [b"(%d,)" % HUGE, b"(9**9**9,)", b"(" * 150 + b")" * 150, b"-" * 9000 + b"1", b"{" * 90, b"}" + b"x" * 9000]
 
 
-def places(node: dict | list) -> list[tuple]:
-    """Each (mapping or list, key) at any depth."""
-    own = [(node, key) for key in (node if isinstance(node, dict) else range(len(node)))]
-    return own + [place for _, key in own if isinstance(node[key], dict | list) for place in places(node[key])]
+def change_text(chance: Chance, content: bytes, new: list[bytes]) -> bytes:
+    """Replace, insert, repeat, or lose a value, a key, or a bracket."""
+    found = [[match.span() for match in re.finditer(words, content)] for words in WORDS]
+    return replace(chance, content, chance.choice([spans for spans in found if spans]), new)
 
 
 def change_json(chance: Chance, content: bytes) -> bytes:
-    """Replace a value by another one or by no JSON; or lose, rename, or repeat a key."""
-    tree = json.loads(content)
-    (node, key), (others, other) = chance.choices(places(tree), k=2)
-    new = chance.choice((json.dumps(chance.choice(WRONG)), json.dumps(others[other]), chance.choice(NOT_JSON)))
-    node[key] = "the fuzzer's value"
-    if isinstance(node, dict) and chance.random() < 0.2:
-        removed = node.pop(key)
-        node |= chance.choice(({}, {chance.choice((*NAMES, "\n", str(other))): removed}))
-    changed = json.dumps(tree).replace('"the fuzzer\'s value"', new, 1)
-    return chance.choice((changed, changed, changed, changed[:-1] + "," + changed[1:])).encode()
+    return change_text(chance, content, JSON)
 
 
 def change_header(chance: Chance, content: bytes) -> bytes:
@@ -92,76 +97,63 @@ def change_header(chance: Chance, content: bytes) -> bytes:
 # ---- zip archives ----
 
 
-def unpack(content: bytes) -> list[list]:
-    """The parts of an archive: name, bytes, attributes, compression."""
+class Part(NamedTuple):  # of an archive
+    name: str
+    content: bytes
+    attributes: int = 0
+    compression: int = zipfile.ZIP_STORED
+
+
+def unpack(content: bytes) -> list[Part]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return [[info.filename, archive.read(info), info.external_attr, 0] for info in archive.infolist()]
+        return [Part(info.filename, archive.read(info), info.external_attr) for info in archive.infolist()]
 
 
-def pack(parts: list[list]) -> bytes:
+def pack(parts: list[Part]) -> bytes:
     """An archive with checksums that fit."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compresslevel=1) as archive:
-        for name, content, attributes, compression in parts:
-            info = zipfile.ZipInfo(name)
-            info.external_attr, info.compress_type = attributes, compression
-            archive.writestr(info, content)
+        for part in parts:
+            info = zipfile.ZipInfo(part.name)
+            info.external_attr, info.compress_type = part.attributes, part.compression
+            archive.writestr(info, part.content)
     return file.getvalue()
 
 
 def change_parts(chance: Chance, content: bytes) -> bytes:
     """Rename, damage, mark, compress, add, or lose a part; or let one unpack to more than a reader may take."""
     parts = unpack(content)
-    part = chance.choice(parts)
-    name, folder = part[0], part[0].partition("/")[0]
-    names = [
-        f"../../{name}",
-        f"/{name}",
-        f"{name}/",
-        f"other/{name}",
-        name.upper(),
-        name.replace("/", "\\"),
-        f"{folder}x",
-    ]
-    names += [f"{folder}/data/999", f"{folder}/byteorder", "other/data.pkl", "", *[chance.choice(parts)[0]] * 4]
-    damaged = chance.choice((flip_bits, damage))(chance, part[1] or bytes(8))
-    # 0x10 marks a folder, the other attributes a symbolic link
-    values = names, [damaged], (0x10, 0o120777 << 16), (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-    field = chance.choice((0, 1, 1, 2, 3, 4, 5))
+    at, other = chance.randrange(len(parts)), chance.choice(parts).name
+    part, (folder, _, file) = parts[at], parts[at].name.partition("/")
+    names = f"../../{file} /{file} {file}/ other/{file} {folder}\\{file} {folder}x {folder}/data/999 {folder}/byteorder"
+    renamed = part._replace(name=chance.choice((*names.split(), "other/data.pkl", part.name.upper(), "", *[other] * 4)))
+    damaged = part._replace(content=chance.choice((flip_bits, damage))(chance, part.content or bytes(8)))
+    marked = part._replace(attributes=chance.choice((0x10, 0o120777 << 16)))  # as a folder, or as a symbolic link
+    methods = zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA
+    compressed = part._replace(compression=chance.choice(methods))
+    added = chance.choice((renamed, renamed._replace(content=damaged.content)))
+    new = chance.choice(([renamed], [damaged], [damaged], [marked], [compressed], [part, added], [added, part], []))
     if chance.random() < 0.02:
-        part[1], part[3] = bytes(BOMB), zipfile.ZIP_DEFLATED
-    elif field < 4:
-        part[field] = chance.choice(values[field])
-    elif field == 4:
-        parts.insert(chance.choice((0, len(parts))), [chance.choice(names), chance.choice((part[1], damaged)), 0, 0])
-    else:
-        parts.remove(part)
-    return pack(parts)
+        new = [Part(part.name, bytes(BOMB), compression=zipfile.ZIP_DEFLATED)]
+    return pack([*parts[:at], *new, *parts[at + 1 :]])
 
 
 def change_record(chance: Chance, content: bytes) -> bytes:
     """Change a number in an archive's directory, in the header of a part, or at the end."""
     signature, length = chance.choice(((b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22)))
-    start = chance.choice([match.start() for match in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
+    start = chance.choice([found.start() for found in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
     number = struct.pack("<q", chance.choice((*NUMBERS, chance.getrandbits(32))))[: chance.choice((2, 4))]
     return content[:start] + number + content[start + len(number) :]
-
-
-# words of an array's header, and what may replace them
-WORDS = re.compile(r"'<f4'|False|\(.*?\)|\d+|'descr'|}")
-ARRAYS = "'>f4' '<f8' '<i4' '|O' '<f2' '|S4' '<M8[s]' '<f99' (-1,) () (1.5,) [4] None True 24,1 1,24 96 12".split()
-ARRAYS += [f"({HUGE},)", "(9**9**9,)", "(" * 150 + ")" * 150, "-" * 9000 + "1", "{" * 90, "}" + "x" * 9000]
 
 
 def change_array(chance: Chance, content: bytes) -> bytes:
     """Change a word of an array's header."""
     parts = unpack(content)
-    part = chance.choice(parts)
-    end = 10 + int.from_bytes(part[1][8:10], "little")
-    header, values = part[1][10:end].decode(), part[1][end:]
-    word = chance.choice(("'<f4'", *WORDS.findall(header)))
-    encoded = header.replace(word, chance.choice(ARRAYS), 1).encode()
-    part[1] = part[1][:8] + struct.pack("<H", len(encoded)) + encoded + values
+    at = chance.randrange(len(parts))
+    array = parts[at].content
+    end = 10 + int.from_bytes(array[8:10], "little")
+    header = change_text(chance, array[10:end], ARRAY)
+    parts[at] = parts[at]._replace(content=array[:8] + struct.pack("<H", len(header)) + header + array[end:])
     return pack(parts)
 
 
@@ -220,54 +212,42 @@ MALFORMED = [*(b"h\xff 0 R e s Q NQ b }}b ]}b t".split()), b"0" * 9, b"(" * 500,
 HOSTILE = [*RUN_CODE, *MEMORY, *TENSORS, *ENDLESS, *MALFORMED]
 
 
-def changed_pickle(chance: Chance, content: bytes) -> bytes:
-    """A pickled mapping with hostile opcodes as a value, as a key, or as all of it; or with one of its opcodes changed."""
-    hostile, end = chance.choice(chance.choice((RUN_CODE, HOSTILE, HOSTILE))), content.rindex(b".")
-    names, starts = zip(*((op.name, start) for op, _, start in pickletools.genops(content)), strict=True)
-    at = chance.randrange(1, len(starts) - 1)
-    numbers = [index for index, name in enumerate(names) if name.startswith(("BININT", "BINGET"))]
-    number = chance.choice(numbers or [at])
-    key = push(chance.choice(("extra.weight", "pos_embed", "cls_token", "model")))
-    as_value, as_key = content[:end] + key + hostile + b"s.", content[:end] + hostile + b"Ns."
-    new = chance.choice((hostile, chance.randbytes(1), b"0", b"N"))
-    inserted = content[: starts[at]] + new + content[starts[at] :]
-    new = chance.choice((*map(push, (*NUMBERS, None, True, "1")), b"h\1", b"h\7"))
-    replaced = content[: starts[number]] + new + content[starts[number + 1] :]
-    return chance.choice((content[:2] + hostile + b".", as_value, as_key, inserted, replaced, replaced))
+NEW = [*map(push, (*NUMBERS, None, True, "1")), b"h\1", b"h\7", b"0"]  # in the place of a number
+
+
+def pickles(content: bytes) -> list[list[Span]]:
+    """The opcodes of each of the pickles that the content begins with."""
+    file, found = io.BytesIO(content), []
+    while content.startswith(b"\x80\2", file.tell()):
+        starts = [start for _, _, start in pickletools.genops(file)]
+        found.append(list(itertools.pairwise((*starts, file.tell()))))
+    return found
 
 
 def change_pickle(chance: Chance, content: bytes) -> bytes:
-    """Change the pickle in an archive of torch.save."""
-    parts = unpack(content)
-    part = next(part for part in parts if part[0].endswith("/data.pkl"))
-    part[1] = changed_pickle(chance, part[1])
-    return pack(parts)
+    """Change an opcode of a file of torch.save, or add hostile ones: as a value, as a key, or as all of a pickle."""
+    if content.startswith(b"PK"):
+        parts = unpack(content)
+        at = next(index for index, part in enumerate(parts) if part.name.endswith("/data.pkl"))
+        parts[at] = parts[at]._replace(content=change_pickle(chance, parts[at].content))
+        return pack(parts)
+    found = pickles(content)  # five in the old format: a number, a version, sizes, the tensors, the storages' keys
+    (_, start), *spans, (end, _) = chance.choice([*found, *found[-2:]])
+    numbers = [span for span in spans if content[span[0]] in b"KMJhj"]  # and references to earlier objects
+    hostile = chance.choice(chance.choice((RUN_CODE, HOSTILE, HOSTILE)))
+    key = push(chance.choice(("extra.weight", "pos_embed", "cls_token", "model")))
+    as_value, as_key = (content[:end] + code + content[end:] for code in (key + hostile + b"s", hostile + b"Ns"))
+    changed = replace(chance, content, numbers or spans, NEW), replace(chance, content, spans, [hostile, b"0", b"N"])
+    return chance.choice((content[:start] + hostile + content[end:], as_value, as_key, *changed))
 
 
-def change_old_pickle(chance: Chance, content: bytes) -> bytes:
-    """Change one of the five pickles of torch's old format: a number, a version, sizes, the tensors, the storages' keys."""
-    *pickles, keys = content[2:].split(b".\x80\2", 4)
-    keys, _, values = keys.partition(b".")
-    pickles.append(keys)
-    which = chance.choice((0, 1, 2, 3, 3, 3, 4))
-    changed = changed_pickle(chance, b"\x80\2" + pickles[which] + b".")[2:-1]
-    pickles[which] = chance.choice((changed, b"]", b"}", b")")) if which == 4 else changed
-    return b"\x80\2" + b".\x80\2".join(pickles) + b"." + values
-
-
-# by kind of file: the suffix of the files that are changed, and the mutations
 BYTES = [flip_bits, flip_bits, damage, damage, other_file]
-TORCH = [*BYTES, change_parts, change_parts, change_parts, change_record, *[change_pickle] * 6]
-HEADER = [*BYTES, *[change_header] * 5]
-DESCRIPTION = [*BYTES, *[change_json] * 5]
-MUTATIONS: dict[str, dict[str, list[Callable]]] = {
-    "initialization": {".pth": TORCH, ".json": DESCRIPTION},
-    "checkpoint": {"": TORCH},
-    ".pth": {"": TORCH},
-    ".pth, old": {"": [*BYTES, *[change_old_pickle] * 5]},
-    ".safetensors": {"": HEADER},
-    ".npz": {"": [*BYTES, change_parts, change_parts, change_record, *[change_array] * 4]},
-    "index": {".safetensors": HEADER, ".json": DESCRIPTION},
+MUTATIONS = {  # by the suffix of a file; the more often one stands here, the more often it is taken
+    ".pth": [*BYTES, *[change_parts] * 3, change_record, *[change_pickle] * 6],
+    ".pt": [*BYTES, *[change_pickle] * 5],
+    ".safetensors": [*BYTES, *[change_header] * 5],
+    ".npz": [*BYTES, *[change_parts] * 2, change_record, *[change_array] * 4],
+    ".json": [*BYTES, *[change_json] * 5],
 }
 FITTING = {change_parts, change_array, change_pickle}  # they write checksums that fit
 
@@ -275,6 +255,6 @@ FITTING = {change_parts, change_array, change_pickle}  # they write checksums th
 def mutant(kind: str, number: int, seed: int, files: dict[str, bytes]) -> tuple[Callable, dict]:
     """A mutation and the files with one of them changed; the same for the same kind, number, and seed."""
     chance = random.Random(f"{seed}/{kind}/{number}")
-    suffix, mutations = chance.choice(list(MUTATIONS[kind].items()))
-    mutation, name = chance.choice(mutations), chance.choice([name for name in files if name.endswith(suffix)])
+    name = chance.choice(list(files))
+    mutation = chance.choice(MUTATIONS[Path(name).suffix])
     return mutation, {**files, name: mutation(chance, files[name])}
