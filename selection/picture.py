@@ -1,20 +1,107 @@
 """The picture of a plan that --plot draws: which of the teacher's layers, channels, heads and hidden units are kept."""
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from selection.strips import Strip, headline, panels
 from utils import UserError, check_creatable, write_atomically
 
 # in pixels of a PNG
-DPI, WIDTH, MARGIN = 150, 2336, 40
+DPI, WIDTH, MARGIN, ROW = 150, 2336, 40, 32
 LEFT, STRIP = 456, 1536  # where strips begin and how long they are: many factors of 2 and 3, as widths of models have
-PITCH, HEIGHT = 32, 24  # from row to row; of a strip
-INK, MUTED, FAINT, KEPT = "#1f2933", "#5f6b76", "#dde3e9", "#004a7c"
+INK, MUTED = "#1f2933", "#5f6b76"
+PALE, DARK = np.array((221, 227, 233)) / 255, np.array((0, 74, 124)) / 255
+# the last part of a group's name -> the title of its panel, in the order of the panels
+TITLES = {
+    "stream": "Residual stream: channels",
+    "registers": "Register tokens",
+    "heads": "Attention: heads",
+    "slots": "Attention: channels in each head",
+    "attn": "Attention: channels of all heads",
+    "attn_pool": "Attention pooling: channels",
+    "mlp": "MLP: hidden units",
+    "mlp_tokens": "MLP over tokens: hidden units",
+    "mlp_channels": "MLP over channels: hidden units",
+    "groups": "Convolutions: groups",
+    "in": "Convolutions: channels per group between the first and the second",
+    "out": "Convolutions: channels per group between the second and the third",
+    "se": "Squeeze and excitation: hidden units",
+}
+MOST_STRIPS = 24  # of a panel: the deepest of the stock ViTs of ImageNet has 24 layers
+MOST_NUMBERS = 40  # of a strip: the deepest of all ViTs has 40 layers
+KEY = (
+    "Strips show the teacher's indices in order. Dark: kept, with the teacher's and the student's number. Pale: not kept.",
+    "Between: the share that is kept, if a column stands for several. Labels go by the student's layers.",
+)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The indices that are kept of an axis of `size`, or of a stage of as many layers."""
+
+    label: str
+    size: int
+    kept: tuple[int, ...]
+
+    def count(self) -> str:
+        """Count in words: "all 64", "12 of 64", "192 of 384, stride 2"."""
+        if len(self.kept) == self.size:
+            return f"all {self.size}"
+        strides = set(np.diff(self.kept).tolist())
+        even = len(strides) == 1 and strides != {1} and len(self.kept) >= 8  # of fewer it may be an accident
+        return f"{len(self.kept)} of {self.size}" + f", stride {max(strides)}" * even
+
+
+def panels(plan: Mapping) -> dict[str, list[Strip]]:
+    """Make a panel of strips for each kind of group, by its title. Layers that keep the same indices share a strip."""
+    layers: dict[str, dict[tuple, list]] = {}
+    for name, group in plan["groups"].items():
+        base, _, tensor = name.partition(" of ")  # the tensor is named if it chooses for itself
+        owner, _, kind = base.rpartition(".")
+        if kind not in TITLES:
+            owner, kind = base, "stream"
+        label, layer = tensor or owner or base, None
+        if not tensor and kind != "stream" and (found := re.fullmatch(r"(.+)\.(\d+)(\.\D\w*)?", owner)):
+            label, layer = found[1], int(found[2])
+        if group["teacher_size"] > 1:  # of one there is nothing to choose
+            key = label, group["teacher_size"], tuple(group["indices"])
+            layers.setdefault(kind, {}).setdefault(key, []).append(layer)
+    result = {}
+    for kind in filter(layers.get, TITLES):
+        strips = [Strip(_label(label, numbers), size, kept) for (label, size, kept), numbers in layers[kind].items()]
+        # elsewhere heads are blended
+        title = TITLES[kind] + ", in the tables of relative positions" * (kind == "heads" and "attn" in layers)
+        title += f" (the first {MOST_STRIPS} of {len(strips)})" * (len(strips) > MOST_STRIPS)
+        result[title] = strips[:MOST_STRIPS]
+    return result
+
+
+def _label(owner: str, layers: list[int | None]) -> str:
+    if None in layers:
+        return owner
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{owner} {layers[0]}\N{EN DASH}{layers[-1]}"
+    return f"{owner} {', '.join(map(str, layers))}"
+
+
+def headline(description: Mapping) -> tuple[str, str]:
+    """Name the two models, and the choices."""
+    names = []
+    for side in (description["student"], description["teacher"]):
+        kwargs = ", ".join(f"{key}={value}" for key, value in side["kwargs"].items())
+        names.append(side["model"] + f" ({kwargs})" * bool(kwargs))
+    choices = description["choices"]
+    rule = choices["element_selection"]
+    seed = f" (seed {choices['seed']})" if rule.startswith("random") else ""
+    parts = [f"layers: {choices['layer_selection']}", f"elements: {rule}{seed}"]
+    parts += [f"heads: {choices['heads']}"] * (choices["heads"] is not None)
+    parts += [f"classifier: {'taken' if choices['include_head'] else 'left out'}"]
+    return " from ".join(names), " · ".join(parts)
 
 
 def check_plot(path: Path) -> None:
@@ -35,47 +122,57 @@ def draw(description: Mapping, path: Path) -> None:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(facecolor="white")
+    rows = _rows(description)
+    figure = Figure((WIDTH / DPI, ROW * len(rows) / DPI), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))  # in pixels, from the upper left
     axes.axis("off")
-    title, choices = headline(description)
-    y = _lines(axes, 56, textwrap.wrap(title, 98), size=18, weight="bold", pitch=46)
-    y = _lines(axes, y + 2, textwrap.wrap(choices, 148), size=13.5)
-    y = _draw_layers(axes, y + 34, description["plan"]["layers"])
-    for heading, strips in panels(description["plan"]).items():
-        y = _draw_panel(axes, y + 28, heading, strips)
-    _text(axes, MARGIN, y + 34, "the teacher's indices, in order", colour=MUTED)
-    key = "dark: kept; pale: not kept; between: the share that is kept, if a column stands for several indices"
-    _text(axes, LEFT, y + 34, key, colour=MUTED)
-    notes = [note + f" ({count} tensors)" * (count > 1) for note, count in description["plan"]["notes"].items()]
-    height = _lines(axes, y + 96, [line for note in notes for line in textwrap.wrap(note, 160)], colour=MUTED)
-    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
-    figure.set_size_inches(WIDTH / DPI, height / DPI)
+    for number, row in enumerate(rows):
+        y = ROW * (number + 0.5)
+        if isinstance(row, Strip):
+            _draw_strip(axes, y, row)
+        else:
+            words, looks = row
+            _text(axes, MARGIN, y, words, **looks)
+    axes.set(xlim=(0, WIDTH), ylim=(ROW * len(rows), 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=DPI)
     write_atomically(path, drawn.getvalue())
 
 
-def _text(axes, x: float, y: float, words: str, *, size: float = 12, colour: str = INK, **looks) -> None:
-    axes.text(x, y, words, fontsize=size, color=colour, **({"va": "center_baseline", "parse_math": False} | looks))
+def _rows(description: Mapping) -> list[Strip | tuple[str, dict]]:
+    """List the rows of the picture: strips, and (text, its looks)."""
+    plan, bold = description["plan"], {"weight": "bold"}
+    title, choices = headline(description)
+    rows = [("", {})]
+    rows += [(line, {"fontsize": 15, **bold}) for line in textwrap.wrap(title, 110)]
+    rows += [(line, {"fontsize": 13}) for line in textwrap.wrap(choices, 150)]
+    layers = [Strip(name, stage["teacher_size"], tuple(stage["indices"])) for name, stage in plan["layers"].items()]
+    for heading, strips in {"Layers": layers, **panels(plan)}.items():
+        rows += [("", {}), (heading, {"fontsize": 14, **bold}), *strips]
+    notes = [note + f" ({count} tensors)" * (count > 1) for note, count in plan["notes"].items()]
+    small = [line for note in (*KEY, *notes) for line in textwrap.wrap(note, 160)]
+    return [*rows, ("", {}), *((line, {"color": MUTED}) for line in small), ("", {})]
 
 
-def _lines(axes, y: float, lines: list[str], *, pitch: float = PITCH, **looks) -> float:
-    """Write lines of text from `y` on; returns the y of the next one."""
-    for line in lines:
-        _text(axes, MARGIN, y, line, **looks)
-        y += pitch
-    return y
+def _text(axes, x: float, y: float, words: str, **looks) -> None:
+    axes.text(x, y, words, **{"fontsize": 11.5, "color": INK, "va": "center_baseline", "parse_math": False} | looks)
 
 
-def _draw_strip(axes, y: float, shares: np.ndarray, width: float, height: float) -> None:
-    """Draw the share kept of each column as a shade."""
-    faint, kept = (np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255 for colour in (FAINT, KEPT))
-    edges = (LEFT, LEFT + width, y + height / 2, y - height / 2)
-    axes.imshow(faint + shares[None, :, None] * (kept - faint), extent=edges, aspect="auto", interpolation="nearest")
-    if width / len(shares) >= 24 and height >= HEIGHT:  # few enough to be counted
-        axes.vlines(LEFT + width / len(shares) * np.arange(1, len(shares)), *edges[2:], color="white", lw=0.8)
+def _draw_strip(axes, y: float, strip: Strip) -> None:
+    """Draw the share kept of each column as a shade, between the label and the count; with numbers if there is room."""
+    _text(axes, MARGIN, y, strip.label, fontsize=min(11.5, 340 / len(strip.label)))
+    _text(axes, LEFT + STRIP + 18, y, strip.count())
+    # a thin strip if nothing was chosen: it need not catch the eye
+    half = 12 if len(strip.kept) < strip.size or strip.size <= MOST_NUMBERS else 4
+    edges, shares = (LEFT, LEFT + STRIP, y + half, y - half), columns(strip.size, strip.kept)
+    axes.imshow(PALE + shares[None, :, None] * (DARK - PALE), extent=edges, aspect="auto", interpolation="nearest")
+    if strip.size <= MOST_NUMBERS:
+        cell = STRIP / strip.size
+        axes.vlines(LEFT + cell * np.arange(1, strip.size), *edges[2:], color="white", lw=0.8)
+        for number, index in enumerate(strip.kept):
+            looks = {"fontsize": min(10, cell / 9), "color": "white", "weight": "bold", "ha": "center"}
+            _text(axes, LEFT + cell * (index + 0.5), y, f"{index}→{number}", **looks)
 
 
 def columns(size: int, kept: Sequence[int]) -> np.ndarray:
@@ -87,39 +184,3 @@ def columns(size: int, kept: Sequence[int]) -> np.ndarray:
     each = 1 << (-(-size // (STRIP // 2)) - 1).bit_length()
     starts = np.arange(0, size, each)
     return np.add.reduceat(np.isin(np.arange(size), kept), starts, dtype=float) / np.diff([*starts, size])
-
-
-def _draw_layers(axes, y: float, stages: Mapping) -> float:
-    _text(axes, MARGIN, y, "Layers", size=14, weight="bold")
-    key = "the teacher's; kept ones are dark, with the student's number, which the rows below go by"
-    _text(axes, LEFT, y, key, colour=MUTED)
-    deepest = max(stage["teacher_size"] for stage in stages.values())
-    cell = min(64, STRIP / deepest)
-    small = min(11.5, cell / 3.2)
-    for number in range(deepest):
-        _text(axes, LEFT + cell * (number + 0.5), y + 36, str(number), size=small * 0.85, colour=MUTED, ha="center")
-    y += 70
-    for name, stage in stages.items():
-        size, kept = stage["teacher_size"], stage["indices"]
-        _text(axes, MARGIN, y, name, size=11.5)
-        _draw_strip(axes, y, np.isin(np.arange(size), kept), cell * size, 36)
-        for number, layer in enumerate(kept):
-            x = LEFT + cell * (layer + 0.5)
-            _text(axes, x, y, str(number), size=small, colour="white", weight="bold", ha="center")
-        _text(axes, LEFT + STRIP + 18, y, f"{len(kept)} of {size}" if len(kept) < size else f"all {size}")
-        y += 44
-    return y
-
-
-def _draw_panel(axes, y: float, heading: str, strips: list[Strip]) -> float:
-    _text(axes, MARGIN, y, heading, size=14, weight="bold")
-    y += 38
-    for strip in strips:
-        label = strip.label if len(strip.label) <= 36 else f"{strip.label[:19]}…{strip.label[-16:]}"
-        _text(axes, MARGIN, y, label, size=11.5 if len(label) <= 30 else 9.5)
-        # a thin strip if nothing was chosen: it need not catch the eye
-        height = HEIGHT if len(strip.kept) < strip.size else HEIGHT / 3
-        _draw_strip(axes, y, columns(strip.size, strip.kept), STRIP, height)
-        _text(axes, LEFT + STRIP + 18, y, strip.count())
-        y += PITCH
-    return y

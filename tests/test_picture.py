@@ -10,8 +10,8 @@ import models
 import weight_selection
 from models import ModelSpec
 from selection import picture
+from selection.picture import MOST_STRIPS, Strip, headline, panels
 from selection.rules import Choices
-from selection.strips import MOST_STRIPS, Strip, headline, panels
 from utils import UserError
 from weight_selection import select_weights
 
@@ -50,8 +50,9 @@ def test_each_stage_and_each_attention_has_strips_of_its_own():
     groups = {"stages.0": (4, [0, 2]), "stages.1": (4, [0, 2]), "stages.1.blocks.0.mlp": (4, [0, 2])}
     stream, mlp = panels(plan_of(groups, ("stages.0.blocks", "stages.1.blocks"))).values()
     assert (labels(stream), labels(mlp)) == (["stages.0", "stages.1"], ["stages.1.blocks 0"])
-    (attention,) = panels(plan_of({f"blocks.0.attns.{number}.attn": (4, [0]) for number in (0, 1)})).values()
-    assert labels(attention) == ["blocks (attns.0) 0", "blocks (attns.1) 0"]
+    parallel = {f"blocks.0.attns.{number}.attn": (4, [number]) for number in (0, 1)}
+    (attention,) = panels(plan_of(parallel)).values()
+    assert labels(attention) == ["blocks.0.attns 0", "blocks.0.attns 1"]
 
 
 def test_groups_without_a_choice_are_left_out():
