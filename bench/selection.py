@@ -90,8 +90,10 @@ def sampled(measured: dict[str, float], interval: float = 0.002) -> Iterator[Non
 
 
 def measure(way: str, pair: Pair, path: Path) -> dict[str, float]:
-    """Select once, from a teacher's file to an initialization file in a temporary folder beside it."""
+    """Select once, from a teacher's file, which is made if needed, to an initialization file in a folder beside it."""
     import weight_selection  # here, so that the process that starts the others stays small
+
+    make_teacher(pair, path)
 
     def ours(output: Path) -> None:
         argv = ["--output_dir", str(output), "--pretrained_model", pair.teacher, "--pretrained_path", str(path)]
@@ -159,24 +161,21 @@ def make_teacher(pair: Pair, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def in_own_process(*arguments: str) -> str:
-    """Run this script with these arguments and return what it prints; its stderr is shown only if it fails."""
-    command = [sys.executable, "-m", "bench.selection", *arguments]
+def measure_in_own_process(way: str, name: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.selection", "--one", way, name, "--folder", str(folder.resolve())]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        sys.exit(f"{shlex.join(arguments)} failed:\n{run.stderr}")
-    return run.stdout
+        sys.exit(f"{shlex.join(command)} failed:\n{run.stderr}")
+    return json.loads(run.stdout)
 
 
 def compare(names: list[str], repeat: int, folder: Path, log: Path | None) -> dict[str, dict[str, list[dict]]]:
     """Measure each pair in both ways in turn, `repeat` rounds after one that warms the page cache."""
-    results, folder = {}, folder.resolve()  # the children run in another folder
+    results = {name: {way: [] for way in WAYS} for name in names}
     for name in names:
-        in_own_process("--make", name, "--folder", str(folder))
-        results[name] = {way: [] for way in WAYS}
         for round_ in range(repeat + 1):
             for way in WAYS:
-                measured = json.loads(in_own_process("--one", way, name, "--folder", str(folder)))
+                measured = measure_in_own_process(way, name, folder)
                 print(f"{name} {way} round {round_}: {json.dumps(measured)}", file=sys.stderr, flush=True)
                 if round_:
                     results[name][way].append(measured)
@@ -262,15 +261,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the teachers' files, kept; default: a temporary one, removed")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--one", nargs=2, metavar=("WAY", "PAIR"), help="measure once and print a line of JSON")
-    parser.add_argument("--make", choices=PAIRS, help="only write this teacher's file")
     options = parser.parse_args()
-    if (options.one or options.make) and not options.folder:
-        parser.error("--one and --make need --folder")
+    if options.one and not options.folder:
+        parser.error("--one needs --folder")
     if options.one:
         way, pair = options.one[0], PAIRS[options.one[1]]
         print(json.dumps(measure(way, pair, options.folder / pair.file)))
-    elif options.make:
-        make_teacher(PAIRS[options.make], options.folder / PAIRS[options.make].file)
     else:
         log = options.out.with_suffix(".jsonl") if options.out else None
         if log:

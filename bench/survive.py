@@ -25,11 +25,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 import main as script
+from bench.selection import hardware
+from bench.throughput import make_images
 from training.checkpoint import numbered_checkpoints, read_checkpoint
 from utils import UserError, revision, run_script
 
@@ -45,19 +45,6 @@ VARIANTS = {
 }
 END_SECONDS = 60  # for the other process to end after a kill
 WORKERS_END_SECONDS = 10  # for all workers to end once their runs have
-
-
-def make_images(folder: Path) -> Path:
-    """Write 48 training and 12 evaluation images of noise, of two classes."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 6)):
-        for name in ("dark", "light"):
-            place = folder / split / name
-            place.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 128, (32, 32, 3)) + 100 * (name == "light")
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.jpg")
-    return folder
 
 
 class Job:
@@ -222,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict:
         "runs": {name: figures(kills_of_runs, VARIANTS[name][0]) for name, kills_of_runs in kills.items()},
         "all": "every run ended with the weights, the average, the optimizer and the log of the run that was not killed; "
         f"every checkpoint found after a kill could be read; no process outlived its run by {WORKERS_END_SECONDS} s",
-        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware(),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}, this code {revision()}",
         "seconds": round(time.monotonic() - start),
         "command": f"python -m bench.survive {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
@@ -235,7 +222,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 def survive_all(variants: list[str], runs: int, seed: int, work: Path) -> dict[str, list[list[dict]]]:
     """Make a run of each variant without a kill, then `runs` runs with kills; return these kills, per variant and run."""
-    data, references, seconds = make_images(work / "images"), {}, {}
+    data, references, seconds = work / "images", {}, {}
+    for split, count in (("train", 48), ("val", 12)):
+        make_images(data / split, count, size=32)
     for name in variants:
         processes, options = VARIANTS[name]
         references[name], began = work / f"reference-{len(references)}", time.monotonic()

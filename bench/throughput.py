@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 
 import datasets
+from bench.selection import hardware
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
 from images.images import Images
 from training import distributed
@@ -44,7 +44,7 @@ def make_images(folder: Path, count: int, size: int) -> None:
     """Write JPEG files of two classes: smooth noise, which compresses like a photograph."""
     generator = np.random.default_rng(0)
     for number in range(count):
-        place = folder / "train" / f"class{number % 2}"
+        place = folder / f"class{number % 2}"
         place.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((size, size), Image.Resampling.BICUBIC).save(place / f"{number:05}.jpg", quality=90)
@@ -75,22 +75,16 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-class Measured(NamedTuple):
-    """One model at one batch size: images per second by task and round; the ways that were left out, and why."""
+def measure(name: str, batch_size: int, images: Images, options: argparse.Namespace, ways: list[str]) -> dict:
+    """Measure one model at one batch size; return its part of the JSON.
 
-    rates: dict[str, list[float]]
-    left_out: dict[str, str]
-    compile_seconds: float | None
-
-
-def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measured:
-    """Measure all tasks in turns; every other round runs backwards.
-
-    Each training loop has its own workers, which are stopped outside its turns. A turn goes on where the loop's last one
-    ended, so turns can be short, and the turns of a round lie within the same minute.
+    All tasks take turns; every other round runs backwards. Each training loop has its own workers, which are stopped
+    outside its turns. A turn goes on where the loop's last one ended, so turns can be short, and the turns of a round
+    lie within the same minute.
     """
+    bench, left_out, compile_seconds = Bench(name, batch_size, images, options), {}, None
     resident = bench.train(bench.resident())
-    loops, alone, left_out, compile_seconds = {"a: bare step": (resident, None)}, {}, {}, None
+    loops, alone = {"a: bare step": (resident, None)}, {}
     if options.compile:
         start = time.perf_counter()
         resident(1)
@@ -108,20 +102,35 @@ def measure(bench: Bench, options: argparse.Namespace, ways: list[str]) -> Measu
         loops[f"c: training, {way}"] = bench.train(source), way
         if host := bench.host(way):
             alone[f"{HOST_PART}, {way}"] = host, way
-    rates = {name: [] for name in sorted([*alone, *loops])}
-    for tasks, seconds in ((alone, 0.5), (loops, options.seconds)):
-        for steps, source in tasks.values():
+    rates = take_turns(bench, alone, min(options.rounds, 8), 0.5) | take_turns(
+        bench, loops, options.rounds, options.seconds
+    )
+    bench.close()
+    return {
+        "model": name,
+        "batch_size": batch_size,
+        "flops": bench.flops,
+        "images_per_second": dict(sorted(rates.items())),
+        "left_out": left_out,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def take_turns(bench: Bench, tasks: dict[str, tuple], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Measure each task's images per second in each round."""
+    for steps, source in tasks.values():
+        with bench.awake(source):
+            if bench.workers.get(source):
+                bench.load(bench.sources[source])(2 * bench.options.num_workers)  # use up what lay ready
+            steps(3)  # until workers make as much as is used
+    rates = {name: [] for name in tasks}
+    for number in range(rounds):
+        for name in list(tasks)[:: -1 if number % 2 else 1]:
+            steps, source = tasks[name]
             with bench.awake(source):
-                if bench.workers.get(source):
-                    bench.load(bench.sources[source])(2 * options.num_workers)  # use up what lay ready
-                steps(3)  # until workers make as much as is used
-        for number in range(options.rounds if tasks is loops else min(options.rounds, 8)):
-            for name in list(tasks)[:: -1 if number % 2 else 1]:
-                steps, source = tasks[name]
-                with bench.awake(source):
-                    size = HOST_BATCH if name.startswith(HOST_PART) else bench.batch_size
-                    rates[name].append(rate(steps, size, seconds))
-    return Measured(rates, left_out, compile_seconds)
+                size = HOST_BATCH if name.startswith(HOST_PART) else bench.batch_size
+                rates[name].append(rate(steps, size, seconds))
+    return rates
 
 
 def ratio(rates: dict[str, list[float]], task: str, other: str) -> str:
@@ -138,12 +147,12 @@ def ratio(rates: dict[str, list[float]], task: str, other: str) -> str:
     return f"{statistics.median(ratios):.3f} ({ratios[least]:.3f}..{ratios[-1 - least]:.3f})"
 
 
-def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rate: float) -> list[str]:
-    """Format one model at one batch size as a Markdown table."""
-    rates = measured.rates
+def table(result: dict, peak_rate: float) -> list[str]:
+    """Format what `measure` returns as a Markdown table."""
+    rates, flops, compile_seconds = result["images_per_second"], result["flops"], result["compile_seconds"]
     middle = {task: statistics.median(values) for task, values in rates.items()}
     lines = [
-        f"### {name}, batch {batch_size}",
+        f"### {result['model']}, batch {result['batch_size']}",
         "",
         f"{flops / 1e9:.2f} GFLOP per image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
@@ -157,9 +166,9 @@ def table(name: str, batch_size: int, flops: float, measured: Measured, peak_rat
         if task.startswith(HOST_PART):
             shown += f", {1000 / middle[task]:.4f} ms per image"
         lines.append(f"| {task} | {shown} | {shares[0]} | {shares[1]} | {share} |")
-    lines += ["", *(f"Left out, {way}: {reason}." for way, reason in measured.left_out.items())]
-    if measured.compile_seconds is not None:
-        lines += [f"Compiled in the first {measured.compile_seconds:.0f} s, which count nowhere."]
+    lines += ["", *(f"Left out, {way}: {reason}." for way, reason in result["left_out"].items())]
+    if compile_seconds is not None:
+        lines += [f"Compiled in the first {compile_seconds:.0f} s, which count nowhere."]
     best = max(value for task, value in middle.items() if task.startswith("c"))
     hours = CIFAR_IMAGES * CIFAR_EPOCHS / best / 3600
     return [
@@ -214,15 +223,15 @@ def main(argv: list[str] | None = None) -> dict:
         folder = options.data
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            make_images(folder, 50_000 if device.type == "cuda" else 4096, 32)
+            make_images(folder / "train", 50_000 if device.type == "cuda" else 4096, 32)
         images = datasets.load_images("image_folder", str(folder), True)
         peak_rate, lines, results = peak(device, dtype), [], []
         for name in options.models:
             for number, batch_size in enumerate(options.batch_sizes or default_sizes(name, device.type == "cuda")):
                 # the speed of workers does not depend on the batch: measure their ways at the first size only
                 ways = [way for way in options.ways if number == 0 or WAYS[way] in WITHOUT_WORKERS]
-                result, shown = measured_model(name, batch_size, images, options, ways, peak_rate)
-                results.append(result)
+                results.append(measure(name, batch_size, images, options, ways))
+                shown = table(results[-1], peak_rate)
                 lines += shown
                 print("\n".join(shown), flush=True)
                 notes = conditions(options, images, dtype, time.monotonic() - start, code, argv)
@@ -231,24 +240,6 @@ def main(argv: list[str] | None = None) -> dict:
                     write_results(options.out, [*lines, *notes], result)
     print("\n".join(notes))
     return result
-
-
-def measured_model(
-    name: str, batch_size: int, images: Images, options: argparse.Namespace, ways: list[str], peak_rate: float
-) -> tuple[dict, list[str]]:
-    """Measure one model at one batch size; returns its part of the JSON, and its table."""
-    bench = Bench(name, batch_size, images, options)
-    measured = measure(bench, options, ways)
-    bench.close()
-    result = {
-        "model": name,
-        "batch_size": batch_size,
-        "flops": bench.flops,
-        "images_per_second": measured.rates,
-        "left_out": measured.left_out,
-        "compile_seconds": measured.compile_seconds,
-    }
-    return result, table(name, batch_size, bench.flops, measured, peak_rate)
 
 
 def write_results(out: Path, lines: list[str], result: dict) -> None:
@@ -268,11 +259,11 @@ def conditions(
     """List what was measured, on which hardware, with which versions."""
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.processor() or platform.machine()} CPU"
+    gpu = f"{torch.cuda.get_device_name(device)}, " if on_gpu else ""
     compiled = f"compiled ({options.compile_mode})" if options.compile else "not compiled"
     turns = f"{options.seconds:g} s" if options.seconds else "one step"
     return [
-        f"Hardware: {hardware}, {len(os.sched_getaffinity(0))} cores, {options.num_workers} workers, "
+        f"Hardware: {gpu}{hardware()}, {options.num_workers} workers, "
         f"{torch.get_num_threads()} threads; {str(dtype).removeprefix('torch.')}; {compiled}.",
         f"{len(images)} images of {options.data.name if options.data else '32 px noise'}; n = {options.rounds} rounds in "
         f"turns of {turns}; {seconds:.0f} s in all.",
