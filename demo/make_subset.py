@@ -2,7 +2,7 @@
 
     python demo/make_subset.py FOLDER [--output_dir demo/data]
 
-FOLDER holds the four files of the whole set (train-images-idx3-ubyte.gz, ...). The subset keeps their names and format.
+FOLDER is torchvision's folder of the whole set, which is downloaded if needed. The subset keeps its file names and format.
 """
 
 import argparse
@@ -10,19 +10,10 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import FashionMNIST
 
 PER_CLASS = {"train": 1200, "t10k": 200}
 SEED = 20240507
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped idx file of bytes as uint8 [items, ...]; ValueError if it is another file."""
-    raw = gzip.decompress(path.read_bytes())
-    dimensions = raw[3]
-    if raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an idx file of bytes (starts with {raw[:4].hex()}, expected 000008..)")
-    shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -40,14 +31,14 @@ def pick(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of the four .gz files of Fashion-MNIST")
+    parser.add_argument("folder", type=Path, help="folder of FashionMNIST/raw/")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data")
     options = parser.parse_args()
     raw = options.output_dir / "FashionMNIST" / "raw"  # where torchvision looks, below the data folder
     raw.mkdir(parents=True, exist_ok=True)
     for split, per_class in PER_CLASS.items():
-        labels = read_idx(options.folder / f"{split}-labels-idx1-ubyte.gz")
-        images = read_idx(options.folder / f"{split}-images-idx3-ubyte.gz")
+        whole = FashionMNIST(options.folder, train=split == "train", download=True)
+        labels, images = whole.targets.numpy().astype(np.uint8), whole.data.numpy()
         kept = pick(labels, per_class, SEED)
         write_idx(raw / f"{split}-labels-idx1-ubyte.gz", labels[kept])
         write_idx(raw / f"{split}-images-idx3-ubyte.gz", images[kept])
