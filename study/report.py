@@ -108,7 +108,7 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
     baseline = section[question.baseline]
     return [
         compare.summarize(ARMS[arm].title, section[arm], baseline, METRIC)
-        | {"at": [at_share(section[arm], share) for _, share in SHARES_OF_RUN]}
+        | {"at": [compare.spread([accuracy(run, share) for run in section[arm]]) for _, share in SHARES_OF_RUN]}
         for arm in (question.baseline, *arms)
     ]
 
@@ -116,11 +116,6 @@ def summaries_of(section: Section, question: Question) -> list[dict]:
 def accuracy(run: FinishedRun, share: float) -> float:
     """Return the accuracy after a share of the run's epochs, rounded to at least one epoch."""
     return run.values[max(1, round(share * (max(run.values) + 1))) - 1]
-
-
-def at_share(runs: list[FinishedRun], share: float) -> dict:
-    """Return mean and deviation of the accuracy after that share of the epochs."""
-    return compare.spread([accuracy(run, share) for run in runs])
 
 
 def differences(first: list[FinishedRun], second: list[FinishedRun], share: float) -> list[float]:
