@@ -228,9 +228,9 @@ def targets(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 def hardware() -> str:
     """Name the processor, the cores and the memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 10**9
-    return f"{processor}, {len(os.sched_getaffinity(0))} cores, {gigabytes:.0f} GB"
+    return f"{names[0]}, {len(os.sched_getaffinity(0))} cores, {gigabytes:.0f} GB"
 
 
 def report(results: dict[str, dict[str, list[dict]]], repeat: int) -> str:
