@@ -49,7 +49,8 @@ def activation_scores(
                 weight = _with_scale(tensors, source.key, family)
                 scores[group] = scores.get(group, 0.0) + _energy_written(weight, moment, labels).numpy()
             else:
-                stream[group] = stream.get(group, 0.0) + _gathered(moment / moment.diagonal().mean(), labels)
+                mean = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # a layer may see only zeros
+                stream[group] = stream.get(group, 0.0) + _gathered(moment / mean, labels)
     if rule == "energy":
         scores |= {group: moment.diagonal().numpy() for group, moment in stream.items()}
     elif rule == "coverage":
