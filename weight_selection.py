@@ -49,12 +49,12 @@ from selection.plan import Outline, choose
 from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.scratch import BATCH, Calibration
-from selection.teacher import read_teacher
 from selection.tensors import magnitudes, select
 from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
 from weightfiles.initialization import check_replaceable, write_initialization
 from weightfiles.lazy import Weights
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, shapes_of
+from weightfiles.teacher import read_teacher
 
 log = logging.getLogger(__name__)
 

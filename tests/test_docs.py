@@ -152,7 +152,7 @@ def test_other_selections_run(words, tmp_path, monkeypatch):
     given = options_of(words)
     default = models.FAMILIES[given.get("--model_type", "vit")].teacher
     teacher = models.create(given.get("--pretrained_model") or default, {}, device="meta")
-    monkeypatch.setattr("selection.teacher.pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
     write_zeros(teacher, tmp_path / "teacher.safetensors")
     places = {"/path/to/weight_selection": tmp_path / "out", "/path/to/vit_base": tmp_path / "teacher"}
     written = weight_selection.main(placed(words, places))

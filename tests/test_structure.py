@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # a script, a module or a folder imports only from levels below its own, and from itself
 LEVELS = [
     ["utils"],
-    ["options", "models", "optim_factory", "weightfiles"],
+    ["options", "models", "optim_factory"],
+    ["weightfiles"],
     ["training", "selection"],
     ["images"],
     ["datasets", "engine"],

@@ -22,12 +22,12 @@ SAFE_NAMES = {
 }
 
 
-def pretrained_file(model: nn.Module, name: str) -> Path:
+def pretrained_file(model: nn.Module, name: str, options: str = "--pretrained") -> Path:
     """The local file of the pretrained weights of timm's `model`, downloaded unless the hub's or torch's cache has it.
 
     Sources are tried in timm's order (timm/models/_builder.py, _resolve_pretrained_source, at 1.0.31): file, hub, URL.
     If a repository splits its weights over several `.safetensors` files, this is their index. Raises UserError, beginning
-    with --pretrained_model `name`, if there are no weights or they cannot be downloaded.
+    with --pretrained_model `name` (or other `options`), if there are no weights or they cannot be downloaded.
     """
     config = model.pretrained_cfg
     try:
@@ -40,8 +40,8 @@ def pretrained_file(model: nn.Module, name: str) -> Path:
         raise LookupError("timm knows no weights of it")
     except Exception as error:  # the hub's client passes on errors of whatever HTTP library it uses
         raise UserError(
-            f"--pretrained_model {name} cannot be loaded: {first_line(error)}; "
-            "give --pretrained_path FILE, or a name that has weights"
+            f"{options}_model {name} cannot be loaded: {first_line(error)}; "
+            f"give {options}_path FILE, or a name that has weights"
         ) from error
 
 

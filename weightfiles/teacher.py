@@ -21,16 +21,19 @@ log = logging.getLogger(__name__)
 LARGEST_PATCH = 64  # pixels on a side
 
 
-def read_teacher(spec: ModelSpec, model: nn.Module, path: str | None, model_key: str) -> Weights:
+def read_teacher(
+    spec: ModelSpec, model: nn.Module, path: str | Path | None, model_key: str, options: str = "--pretrained"
+) -> Weights:
     """Open the teacher's weights under timm's names, from `path` or else from the file that timm has for its name.
 
     `model` is the teacher, on any device. A file in timm's own layout is read tensor by tensor, when asked for. Raises
-    UserError if the weights cannot be found or are another model's.
+    UserError if the weights cannot be found or are another model's; it names `options` followed by _model, _path or
+    _kwargs.
     """
-    option = f"--pretrained_path {path}"
+    option = f"{options}_path {path}"
     if path is None:
-        path = _file_of(spec.name, model)
-        option = f"--pretrained_model {spec.name}: its file {path}"
+        path = file_of(spec.name, model, options)
+        option = f"{options}_model {spec.name}: its file {path}"
     if str(path).endswith(".npz"):
         weights = _read_npz(path, spec, option)
     else:
@@ -48,19 +51,26 @@ def read_teacher(spec: ModelSpec, model: nn.Module, path: str | None, model_key:
     return Weights(weights.shapes, read, weights.whole)
 
 
-def _file_of(name: str, model: nn.Module) -> Path:
+def file_of(name: str, model: nn.Module, options: str = "--pretrained") -> Path:
+    """Find or download the weights that timm has for a name. UserError if there are none."""
     if name in models.VARIANTS:
-        hint = "give --pretrained_path FILE, or a timm name"
-        raise UserError(f"--pretrained_model {name} is a shape without weights: {hint}")
+        hint = f"give {options}_path FILE, or a timm name"
+        raise UserError(f"{options}_model {name} is a shape without weights: {hint}")
     # said before the download, because without a network it takes minutes to fail
-    log.info("reading the weights of %s through timm; without network, stop and give --pretrained_path FILE", name)
-    return pretrained_file(model, name)
+    log.info("reading the weights of %s through timm; without network, stop and give %s_path FILE", name, options)
+    return pretrained_file(model, name, options)
+
+
+def _kwargs_of(option: str) -> str:
+    """Name the option of the constructor's arguments that goes with "--pretrained_path FILE" and the like."""
+    return f"{option.partition('_')[0]}_kwargs"
 
 
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
     """Let timm convert weights of another layout for this model."""
     _check_kernels(weights.shapes, option)
-    converter = models.FAMILIES[models.family_of(model)].converter
+    family = models.family_of(model)
+    converter = models.FAMILIES[family].converter if family else None
     try:
         tensors = converter(dict(weights), model) if converter else dict(weights)
         converted = Weights.in_memory(tensors, "timm converts its layout")
@@ -68,7 +78,7 @@ def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, 
         raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
     difference = _difference(converted.shapes, model)
     if difference:
-        raise UserError(f"{option} {difference} of {name}; see --pretrained_kwargs")
+        raise UserError(f"{option} {difference} of {name}; see {_kwargs_of(option)}")
     for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.shapes.keys():
         # timm resamples these to the model's size: right for another image size, wrong for another model's file
         old, new = weights.shapes[key], converted.shapes[key]
@@ -92,7 +102,7 @@ def _read_npz(path: str | Path, spec: ModelSpec, option: str) -> Weights:
     filled = {key: tensor for key, tensor in model.state_dict().items() if tensor.data_ptr() in copies.filled}
     difference = _difference(shapes_of(filled), model)
     if difference:
-        raise UserError(f"{option} {difference} of {spec.name}; see --pretrained_kwargs")
+        raise UserError(f"{option} {difference} of {spec.name}; see {_kwargs_of(option)}")
     return Weights.in_memory(filled, "timm reads it")
 
 
