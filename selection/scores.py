@@ -1,7 +1,5 @@
 """Scores of indices by what a teacher's activations are on images: energy, and how well a channel explains the others."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +7,11 @@ from torch import Tensor
 from selection.family import Family
 from selection.layer_inputs import last_channels
 from selection.plan import Axis, Outline
-from selection.scratch import Calibration
+from selection.scratch import BATCH, Calibration
 from selection.segments import IMAGES, Segments
 from selection.trace import Call, Trace
+
+SCORED_IMAGES = 256  # scores differ little with more
 
 
 def activation_scores(
@@ -29,52 +29,67 @@ def activation_scores(
     by its mean square there; by "coverage", by its turn in a greedy choice of the channels that best explain all of
     them linearly; by "magnitude_energy", by `magnitudes`. So do groups that no layer reads.
     """
-    moments = _SecondMoments({source.key for source in outline.sources.values()})
-    with torch.no_grad():
-        for batch in images.batches():
+    reads = {
+        (key, source.key): source.axes[1]
+        for key, source in outline.sources.items()
+        if source.key and len(source.axes) > 1 and source.axes[1]
+    }
+    whole = {
+        own
+        for (key, own), axis in reads.items()
+        if len(axis) > 1 or (rule == "coverage" and not _is_local(str(axis[0]), key, family))
+    }
+    moments = _SecondMoments({own for _, own in reads}, whole)
+    with torch.no_grad(), Trace(teacher, moments, follow=()):
+        for batch in images.batches()[: -(-SCORED_IMAGES // BATCH)]:
             if not batch.held_out:
-                with Trace(teacher, moments, follow=()):
-                    teacher.run(images.read(batch.images), IMAGES, None)
+                teacher.run(images.read(batch.images), IMAGES, None)
     tensors, scores = teacher.model.state_dict(), {}
     stream: dict[str, Tensor] = {}
-    for key, source in outline.sources.items():
-        moment = moments.sums.get(source.key)
-        if moment is None or len(source.axes) < 2 or source.axes[1] is None:
+    for (key, own), axis in reads.items():
+        moment = moments.sums.get(own)
+        if moment is None:
             continue
-        for place, group in enumerate(source.axes[1]):
+        for place, group in enumerate(axis):
             if not isinstance(group, str):
                 continue
-            labels = _labels(source.axes[1], place, outline, len(moment))
+            labels = _labels(axis, place, outline, len(moment))
             if _is_local(group, key, family):
-                weight = _with_scale(tensors, source.key, family)
-                scores[group] = scores.get(group, 0.0) + _energy_written(weight, moment, labels).numpy()
+                energy = _energy_written(_with_scale(tensors, own, family), moment, labels)
+                scores[group] = scores.get(group, 0.0) + energy.numpy()
             else:
-                mean = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # a layer may see only zeros
+                mean = _diagonal(moment).mean().clamp(min=torch.finfo(torch.float64).tiny)  # a layer may see only zeros
                 stream[group] = stream.get(group, 0.0) + _gathered(moment / mean, labels)
     if rule == "energy":
-        scores |= {group: moment.diagonal().numpy() for group, moment in stream.items()}
+        scores |= {group: _diagonal(moment).numpy() for group, moment in stream.items()}
     elif rule == "coverage":
         scores |= {group: coverage(moment) for group, moment in stream.items()}
     return magnitudes | scores
 
 
-@dataclass
 class _SecondMoments:
-    """A visitor that sums the products of a layer's inputs, float64 [inputs, inputs], for the layers in `keys`."""
+    """A visitor that sums the squares of the inputs of the layers in `keys`, or all products of those in `whole`.
 
-    keys: set[str | None]
+    float64 [inputs] or [inputs, inputs].
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, keys: set[str], whole: set[str]) -> None:
+        self._keys, self._whole = keys, whole
         self.sums: dict[str, Tensor] = {}
 
     def ran(self, call: Call) -> None:
-        if call.key in self.keys and call.kind != "batch_norm":
+        if call.key in self._keys and call.kind != "batch_norm":
             x = last_channels(call.input, call.kind)
-            x = x.reshape(-1, x.shape[-1]).double()
-            self.sums[call.key] = self.sums.get(call.key, 0.0) + x.mT @ x
+            x = x.reshape(-1, x.shape[-1])
+            moment = (x.mT @ x) if call.key in self._whole else x.square().sum(0)
+            self.sums[call.key] = self.sums.get(call.key, 0.0) + moment.double()
 
     def wrote(self, call: Call, write) -> None:
         """Nothing is followed."""
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment if moment.ndim == 1 else moment.diagonal()
 
 
 def _is_local(group: str, key: str, family: Family) -> bool:
@@ -93,19 +108,21 @@ def _labels(axis: Axis, place: int, outline: Outline, channels: int) -> Tensor:
 def _gathered(moment: Tensor, labels: Tensor) -> Tensor:
     """Add up the moments of a group that an axis repeats (Swin merges the channels of four neighbours)."""
     turns = labels.argsort(stable=True).reshape(int(labels.max()) + 1, -1).mT
-    return sum(moment[turn][:, turn] for turn in turns)
+    return sum(moment[turn] if moment.ndim == 1 else moment[turn][:, turn] for turn in turns)
 
 
 def _energy_written(weight: Tensor, moment: Tensor, labels: Tensor) -> Tensor:
     """Return the mean square of what all inputs of one label write together, up to a factor, float64 [labels].
 
-    Of a convolution, as if its taps saw independent values.
+    With the squares alone, or a convolution of several groups, as if inputs were independent of each other; always as
+    if a convolution's taps were.
     """
     weight = weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None]
-    if weight.shape[1] < len(moment):  # a grouped convolution: each group's inputs have weights of their own
-        groups = len(moment) // weight.shape[1]
+    groups = len(moment) // weight.shape[1]
+    if moment.ndim == 1 or groups > 1:
         norms = weight.square().sum(2).reshape(groups, -1, weight.shape[1]).sum(1).flatten()
-        return torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, norms * moment.diagonal())
+        energies = norms * _diagonal(moment)
+        return torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, energies)
     products = torch.einsum("oit,ojt->ij", weight, weight) * moment
     one_hot = torch.nn.functional.one_hot(labels).double()
     return ((products @ one_hot) * one_hot).sum(0)

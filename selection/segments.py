@@ -28,6 +28,7 @@ class Segments:
     def __init__(self, model: nn.Module, layers: str, image_shape: Sequence[int], name: str) -> None:
         """`layers` is the pattern of `selection.family.Family`. UserError if the model does not run at this size."""
         self.model = model.eval().requires_grad_(False)
+        self.names = {id(tensor): key for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self.inside: str | None = None  # the block that runs
         self.active = False  # whether what runs belongs to the part that was asked for
         self.blocks: list[str] = []

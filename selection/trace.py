@@ -101,9 +101,7 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, segments: Segments, visitor: Visitor, follow: Collection[str] | None = None) -> None:
         super().__init__()
-        model = segments.model
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._names = {id(tensor): key for key, tensor in named}
+        self._names = segments.names
         self._segments, self._visitor, self._follow = segments, visitor, follow
         self._branches: dict[int, _Branch] = {}
         self._constants: dict[int, tuple] = {}  # made of parameters alone -> what they are, for a bias
