@@ -15,6 +15,7 @@ from images.workers import ahead
 from optim_factory import set_schedules
 from options import Settings
 from training.checkpoint import Progress
+from training.distill import Distillation, WithDistiller
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
 from training.meters import DeviceSums, Speed, count_in_top
 from training.precision import Precision
@@ -23,6 +24,8 @@ from utils import Stopped, Stream, UserError, derive_seed
 log = logging.getLogger(__name__)
 
 SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: after so many, no scale will work
+TERMS = ("task_loss", "distillation_loss")  # add up to the loss if there is a teacher
+MEANS = ("loss", "grad_norm", *TERMS)  # over updates and ranks
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Trainer:
     """
 
     model: nn.Module
-    criterion: nn.Module
+    criterion: nn.Module | Distillation
     optimizer: torch.optim.Optimizer
     precision: Precision
     lr: np.ndarray
@@ -76,13 +79,16 @@ class Trainer:
 
     @property
     def bare_model(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return model.model if isinstance(model, WithDistiller) else model
 
     def state(self) -> dict:
         """Return what a checkpoint holds of the training itself: weights, their average, optimizer and scaler."""
         state = {"model": self.bare_model.state_dict()}
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
+        if isinstance(self.criterion, Distillation):
+            state |= self.criterion.state()
         scaler = {"scaler": self.precision.scaler.state_dict(), "skips_in_a_row": int(self.skips_in_a_row)}
         return state | {"optimizer": self.optimizer.state_dict()} | scaler
 
@@ -91,6 +97,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.skips_in_a_row += state["skips_in_a_row"]
+        if isinstance(self.criterion, Distillation):
+            self.criterion.load_state(state)
 
 
 def train_one_epoch(
@@ -106,19 +114,19 @@ def train_one_epoch(
     """
     trainer.model.train()
     settings, source = trainer.settings, ahead(batches, trainer.precision.device)
-    window = Window(trainer.precision.device)
+    window = Window(trainer)
     speed, compile_seconds, first_step = Speed(world_size()), {}, progress.epoch * steps
     for done in range(progress.done + 1, steps + 1):
         step = first_step + done - 1
         lr = float(trainer.lr[step])
         set_schedules(trainer.optimizer, lr, trainer.weight_decay[step])
-        loss, correct, images = _accumulate_gradients(trainer, source, step)
+        losses, correct, images = _accumulate_gradients(trainer, source, step)
         grad_norm = _update(trainer)
-        window.add(trainer, loss, correct, grad_norm)
+        window.add(trainer, losses, correct, grad_norm)
         speed.add(images)
         if trainer.compiles:
             trainer.compiles = False
-            loss.item()  # wait until the device is done
+            grad_norm.item()  # wait until the device is done
             compile_seconds = {"compile_seconds": speed.restart()}
             log.info("compiled: %.0f s for the first update", compile_seconds["compile_seconds"])
         save_is_due = settings.save_freq and done % settings.save_freq == 0
@@ -142,29 +150,33 @@ def train_one_epoch(
 class Window:
     """What is summed on the device between two log steps."""
 
-    def __init__(self, device: torch.device):
-        self.sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", "stop"), device)
+    def __init__(self, trainer: Trainer):
+        device, terms = trainer.precision.device, TERMS if isinstance(trainer.criterion, Distillation) else ()
+        self.sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", *terms, "stop"), device)
         self.longest = torch.zeros((), device=device)  # most updates in a row that were not applied
 
-    def add(self, trainer: Trainer, loss: Tensor, correct: Tensor, grad_norm: Tensor) -> None:
-        """Add one update, without a wait."""
+    def add(self, trainer: Trainer, losses: Tensor, correct: Tensor, grad_norm: Tensor) -> None:
+        """Add one update, without a wait; `losses` are the terms of the loss, or [] the loss itself."""
+        loss, terms = losses.sum(), losses.unbind() if losses.dim() else ()
         bad_grad = ~grad_norm.isfinite()
         trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
         self.longest = torch.maximum(self.longest, trainer.skips_in_a_row)
         finite_norm = torch.where(bad_grad, 0.0, grad_norm)
-        self.sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, torch.zeros_like(loss))
+        self.sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, *terms, torch.zeros_like(loss))
 
     def read(self, trainer: Trainer, where: str) -> tuple[dict[str, float], bool]:
         """Return the sums, and whether a rank was asked to stop. UserError on all ranks if an update was not finite."""
         self.sums.values[-1] += trainer.asked_to_stop()
         sums = self.sums.read()
         _stop_if_not_finite(sums, self.longest, trainer.precision.scales_loss, where)
-        figures = {name: sums[name] / world_size() for name in ("loss", "grad_norm")}
+        figures = {name: sums[name] / world_size() for name in MEANS if name in sums}
         return figures | {"correct": sums["correct"]}, bool(sums["stop"])
 
 
 def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tuple[Tensor, Tensor, int]:
-    """Make the backward passes of one update; return mean loss [], correct predictions [], images used by this rank.
+    """Make the backward passes of one update; return loss, correct predictions [], images used by this rank.
+
+    The loss is a mean over the passes: [], or, with distillation, [2] for its two terms.
 
     DDP averages the gradients over the ranks once, in the last pass.
     """
@@ -181,15 +193,23 @@ def _accumulate_gradients(trainer: Trainer, source: Iterator, step: int) -> tupl
         last = micro_step == settings.update_freq - 1
         with contextlib.nullcontext() if last else _no_sync(trainer.model):
             with precision.autocast():
-                logits = trainer.model(images)
-                loss = trainer.criterion(logits, targets)
+                logits, terms = _forward(trainer, images, targets)
+                loss = terms.sum()
             # A non-finite loss can have finite gradients. Make them non-finite too: the scaler looks at nothing else.
             poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             precision.scaler.scale(loss * poison / settings.update_freq).backward()
-        losses.append(loss.detach())
+        losses.append(terms.detach())
         correct.append((logits.detach().argmax(1) == labels).sum())
         images_seen += len(images)
-    return torch.stack(losses).mean(), torch.stack(correct).sum(), images_seen
+    return torch.stack(losses).mean(0), torch.stack(correct).sum(), images_seen
+
+
+def _forward(trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [batch, classes] and the loss [], or, with distillation, its two terms [2]."""
+    if isinstance(trainer.criterion, Distillation):
+        return trainer.criterion(trainer.model, images, targets)
+    logits = trainer.model(images)
+    return logits, trainer.criterion(logits, targets)
 
 
 def _no_sync(model: nn.Module):
@@ -227,7 +247,7 @@ def _stop_if_not_finite(sums: dict[str, float], longest: Tensor, skips_allowed: 
 
 def _means(sums: dict[str, float], steps: int, hard_targets: bool) -> dict[str, float]:
     """Turn sums over `steps` updates and all ranks into means."""
-    means = {name: sums[name] / steps for name in ("loss", "grad_norm")}
+    means = {name: sums[name] / steps for name in MEANS if name in sums}
     return means | ({"class_acc": sums["correct"] / sums["images"]} if hard_targets else {})
 
 

@@ -1,6 +1,6 @@
 """Train a small model, from selected weights or from random ones: one run, top to bottom."""
 
-from options import mixes, training_options, without_effect
+from options import training_options, without_effect
 
 if __name__ == "__main__":
     training_options()  # answer -h and usage errors before importing torch
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,7 @@ from options import plain
 from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
+from training.distill import Distillation, make_criterion
 from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
@@ -93,7 +93,10 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
         return record
 
     steps = train_loader.batch_sampler.steps_per_epoch
-    trainer = make_trainer(options, model, ema, precision, num_classes, steps, update_freq)
+    criterion = make_criterion(options, about_data["classes"], model)
+    teacher = {"teacher": criterion.teacher.source} if isinstance(criterion, Distillation) else {}
+    start.check_teacher(teacher.get("teacher", {}))
+    trainer = make_trainer(options, model, ema, criterion, precision, num_classes, steps, update_freq)
     trainer.asked_to_stop = lambda: bool(stop.asked)
     progress = start.restore_trainer(trainer, steps, options.start_epoch)
     if progress.epoch >= options.epochs:
@@ -101,11 +104,11 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
         return start.state["metrics"]
     processes = distributed.world_size()
     if output_dir and distributed.is_main():
-        about = {"environment": environment(device, processes), "revision": revision()}
+        about = {"environment": environment(device, processes), "revision": revision()} | teacher
         run_folder.write_config(output_dir, {"options": given, "initialization": start.source, **about})
         progress.best = start.bring_best(output_dir)
     origin = {"options": given, "update_freq": update_freq, "processes": processes, "precision": precision.name}
-    origin |= {"initialization": start.source, "data": about_data}
+    origin |= {"initialization": start.source, "data": about_data} | teacher
     stop.defer()
     return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
@@ -224,13 +227,19 @@ def make_trainer(
     options: argparse.Namespace,
     model: nn.Module,
     ema: ModelEmaV3 | None,
+    criterion: nn.Module | Distillation,
     precision: Precision,
     num_classes: int,
     steps_per_epoch: int,
     update_freq: int,
 ) -> Trainer:
-    """Put together loss, optimizer, schedules and the model, in DDP if there are several processes."""
-    optimizer = create_optimizer(parameter_groups(model, options), options)
+    """Put together optimizer, schedules and the model, in DDP if there are several processes."""
+    groups, student = parameter_groups(model, options), model
+    if isinstance(criterion, Distillation):
+        student = criterion.student
+        without_layers = argparse.Namespace(**vars(options) | {"layer_decay": 1.0})
+        groups += parameter_groups(criterion.distiller or nn.Identity(), without_layers)
+    optimizer = create_optimizer(groups, options)
     steps = options.epochs * steps_per_epoch
     warmup = options.warmup_steps if options.warmup_steps > 0 else options.warmup_epochs * steps_per_epoch
     if warmup > steps:
@@ -243,10 +252,10 @@ def make_trainer(
     log.info("%s: %s, %d images per update, on %s", options.model, size, total_batch, precision.device)
     if torch.distributed.is_initialized():
         devices = [precision.device.index] if precision.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        student = DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
     return Trainer(
-        model=model,
-        criterion=make_criterion(options),
+        model=student,
+        criterion=criterion,
         optimizer=optimizer,
         precision=precision,
         lr=cosine_schedule(options.lr, options.min_lr, steps=steps, warmup_steps=warmup),
@@ -255,12 +264,6 @@ def make_trainer(
         mixer=build_mixer(Augmentation.from_options(options), num_classes),
         ema=ema,
     )
-
-
-def make_criterion(options: argparse.Namespace) -> nn.Module:
-    if mixes(options):
-        return SoftTargetCrossEntropy()  # the mixer smooths the labels
-    return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
 
 
 def make_reporter(options: argparse.Namespace, output_dir: Path | None, steps: int, progress: Progress) -> Reporter:

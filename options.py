@@ -5,6 +5,7 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 
 import argparse
 import re
+from collections.abc import Callable
 
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
@@ -17,7 +18,7 @@ SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
 FREE_ON_RESUME = frozenset(
     "auto_resume bad_images data_path device disable_eval dist_eval dist_on_itp dist_timeout dist_url enable_wandb "
     "eval eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project resplit resume "
-    "save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch wandb_ckpt world_size".split()
+    "save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch teacher_path wandb_ckpt world_size".split()
 )
 
 
@@ -119,7 +120,7 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the validated options of main.py; end the process with code 2 on a usage error."""
     parser = _training_parser()
     options = parser.parse_args(argv)
-    problem = _first_conflict(options)
+    problem = _first_conflict(options, parser.get_default)
     if problem:
         parser.error(problem)
     return options
@@ -131,8 +132,10 @@ def training_defaults() -> dict:
 
 
 def without_effect(options: argparse.Namespace) -> list[str]:
-    """Return the given options that have no effect, which are accepted because the original has them."""
-    idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
+    """Return the given options that have no effect: those of the original, and distillation in an evaluation."""
+    idle = {"resplit": False, "dist_on_itp": False, "world_size": 1} | (
+        {"distillation": "none"} if options.eval else {}
+    )
     return [f"--{name}" for name, default in idle.items() if getattr(options, name) != default]
 
 
@@ -197,9 +200,11 @@ def _selection_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first_conflict(options: argparse.Namespace) -> str | None:
+def _first_conflict(options: argparse.Namespace, default: Callable[[str], object]) -> str | None:
     """Return a message about the first contradiction among the options; None if there is none."""
     o, mixing = options, mixes(options)
+    of_teacher = [name for name in vars(o) if name.startswith(("teacher_", "distillation_"))]
+    idle = next((f"--{name} {getattr(o, name)}" for name in of_teacher if getattr(o, name) != default(name)), None)
     named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
     checks = [
         (named_set, f"--data_set {o.data_set} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME"),
@@ -233,6 +238,11 @@ def _first_conflict(options: argparse.Namespace) -> str | None:
         (o.cache != "none" or o.cache_size is None, f"--cache_size {o.cache_size} is for --cache ram or device"),
         (o.cache != "device" or o.augment == "device",
          "--cache device needs --augment device: timm's transforms take images on the host"),
+        (o.distillation == "none" or o.teacher_model or o.teacher_path or o.eval,
+         f"--distillation {o.distillation} needs a teacher: --teacher_model NAME or --teacher_path FILE"),
+        (o.distillation != "none" or not idle, f"{idle} is for --distillation logits or features"),
+        (o.distillation != "features" or o.distillation_tau == 1,
+         f"--distillation_tau {o.distillation_tau} is for --distillation logits: features have no temperature"),
         (o.start_epoch < o.epochs or o.eval,
          f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
     ]
@@ -323,6 +333,19 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--model_ema_decay", type=share, default=0.9999, help="its decay per update")
     add("--model_ema_force_cpu", type=boolean, default=False, help="keep it in host memory")
     add("--model_ema_eval", type=boolean, default=False, help="evaluate it too")
+
+    group = parser.add_argument_group("distillation")
+    add = group.add_argument
+    add("--distillation", default="none", choices=("none", "logits", "features"), help="learn from a teacher too: from "
+        "its logits, if it has the data's classes, or from its pooled features, through an MLP")
+    add("--teacher_model", metavar="NAME", help="any name as for --model; its weights are timm's without "
+        "--teacher_path")
+    _keywords(group, "--teacher_kwargs", "arguments of its constructor")
+    add("--teacher_path", metavar="FILE", help="a file of its weights, or the folder or a checkpoint of a run of "
+        "main.py, which says what model it is")
+    add("--teacher_key", default="model|module|state_dict", help="where in the file its weights are, e.g. model_ema")
+    add("--distillation_alpha", type=number(float, 0), default=1.0, help="weight of its loss beside the task's")
+    add("--distillation_tau", type=number(float, 1e-3), default=1.0, help="temperature of the logits")
 
     add = parser.add_argument_group("device and speed").add_argument
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")

@@ -61,6 +61,7 @@ class Stream(enum.IntEnum):
     NOISE = 109  # pixels that random erasing fills in on the device, per step and chunk
     CALIBRATION = 110  # images that a refit and the rules by activation see
     ROWS = 111  # places in these images that take part in a layer's regression, per layer and batch
+    DISTILLER = 112  # initial weights of the MLP from a student's features to its teacher's
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:

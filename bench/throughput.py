@@ -85,6 +85,8 @@ def measure(name: str, batch_size: int, images: Images, options: argparse.Namesp
     bench, left_out, compile_seconds = Bench(name, batch_size, images, options), {}, None
     resident = bench.train(bench.resident())
     loops, alone = {"a: bare step": (resident, None)}, {}
+    if options.teacher:
+        loops[f"t: bare step, teacher {options.teacher}"] = bench.train(bench.resident(), options.teacher), None
     if options.compile:
         start = time.perf_counter()
         resident(1)
@@ -156,11 +158,11 @@ def table(result: dict, peak_rate: float) -> list[str]:
         "",
         f"{flops / 1e9:.2f} GFLOP per image, forward and backward; a large matrix product here: {peak_rate / 1e12:.2f} TFLOP/s.",
         "",
-        "| what | images/s, median (least..most) | c/a, median of rounds (95 % interval) | c/d | share of that product's speed |",
+        "| what | images/s, median (least..most) | c/a or t/a, median of rounds (95 % interval) | c/d | share of that product's speed |",
         "|---|---:|---:|---:|---:|",
     ]
     for task, values in rates.items():
-        shares = [ratio(rates, task, other) if task.startswith("c") else "" for other in ("a: bare step", ORIGINAL)]
+        shares = [ratio(rates, task, other) if task[0] in "ct" else "" for other in ("a: bare step", ORIGINAL)]
         share = "" if task.startswith("b") else f"{100 * middle[task] * flops / peak_rate:.1f} %"
         shown = f"{middle[task]:.1f} ({min(values):.1f}..{max(values):.1f})"
         if task.startswith(HOST_PART):
@@ -188,6 +190,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_sizes", nargs="+", type=int, help="(default: the recipes' on a GPU, 16 on a CPU)")
     add("--ways", nargs="+", choices=WAYS, help="(default: all on a GPU, what a CPU is trained by on a CPU)")
     add("--input_size", type=int, default=224)
+    add("--teacher", help="measure the step with the logits of this model, of random weights, too")
     add("--num_workers", type=int, help="(default: cores - 1; on a CPU all, that the data takes from each alike)")
     add("--use_amp", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     add("--amp_dtype", choices=("float16", "bfloat16"))

@@ -26,7 +26,9 @@ from images.transforms import TransformedImages, build_mixer, train_transform
 from images.workers import ahead
 from optim_factory import create_optimizer, parameter_groups
 from options import training_options
+from training.distill import Distillation
 from training.precision import Precision
+from training.teacher import Teacher
 from utils import seed_all
 
 WAYS = {
@@ -151,9 +153,17 @@ class Bench:
             mixer=self.mixer(),
         )
 
-    def train(self, source: Iterator) -> Callable[[int], None]:
-        """Make a function that trains for a number of steps of the engine."""
+    def train(self, source: Iterator, teacher: str | None = None) -> Callable[[int], None]:
+        """Make a function that trains for a number of steps of the engine, from the logits of a teacher too if it is named."""
         trainer = self.trainer()
+        if teacher:
+            model = models.build_model(teacher, num_classes=self.images.classes, input_size=self.options.input_size)
+            model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+            if self.options.compile:
+                model.compile()
+            same = ((0.5,) * 3, (0.5,) * 3)
+            taught = Teacher(model, self.images.classes, {}, same, same)
+            trainer.criterion = Distillation(taught, self.model, trainer.criterion)
 
         def steps(count: int) -> None:
             batches = itertools.islice(source, count)  # no more than these: on a GPU one is fetched ahead

@@ -141,13 +141,20 @@ def takes_image_size(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def check_forward(model: nn.Module, name: str, input_size: int, num_classes: int) -> None:
-    """Raise UserError unless the model turns each image of `input_size` pixels into `num_classes` logits."""
+def check_forward(
+    model: nn.Module, name: str, input_size: int, num_classes: int | None, arguments: str = "--model_kwargs"
+) -> int:
+    """Return how many outputs the model gives for an image of `input_size` pixels.
+
+    Raises UserError unless it takes such images and the outputs are `num_classes` (None: any number). `name` and
+    `arguments` are the options that name the model and its arguments.
+    """
     try:
         shape = list(model.eval()(torch.zeros(2, 3, input_size, input_size)).shape)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{name} does not take images of {input_size} x {input_size}: {first_line(error)}"
-        raise UserError(f"{reason}; see --input_size and --model_kwargs") from error
-    if shape != [2, num_classes]:
-        raise UserError(f"{name} gives {shape} for 2 images, not [2, {num_classes}]; see --model_kwargs")
+        raise UserError(f"{reason}; see --input_size and {arguments}") from error
+    if shape != [2, num_classes or shape[-1]]:
+        raise UserError(f"{name} gives {shape} for 2 images, not [2, {num_classes or 'features'}]; see {arguments}")
     model.train()
+    return shape[1]

@@ -39,15 +39,11 @@ def activation_scores(
         for (key, own), axis in reads.items()
         if len(axis) > 1 or (rule == "coverage" and not _is_local(str(axis[0]), key, family))
     }
-    moments = _SecondMoments({own for _, own in reads}, whole)
-    with torch.no_grad(), Trace(teacher, moments, follow=()):
-        for batch in images.batches()[: -(-SCORED_IMAGES // BATCH)]:
-            if not batch.held_out:
-                teacher.run(images.read(batch.images), IMAGES, None)
+    moments = _moments(teacher, images, {own for _, own in reads}, whole)
     tensors, scores = teacher.model.state_dict(), {}
     stream: dict[str, Tensor] = {}
     for (key, own), axis in reads.items():
-        moment = moments.sums.get(own)
+        moment = moments.get(own)
         if moment is None:
             continue
         for place, group in enumerate(axis):
@@ -67,11 +63,18 @@ def activation_scores(
     return magnitudes | scores
 
 
-class _SecondMoments:
-    """A visitor that sums the squares of the inputs of the layers in `keys`, or all products of those in `whole`.
+def _moments(teacher: Segments, images: Calibration, keys: set[str], whole: set[str]) -> dict[str, Tensor]:
+    """Sum over images the squares of the inputs of these layers, [inputs], or the products of those in `whole`."""
+    moments = _SecondMoments(keys, whole)
+    for batch in images.batches()[: -(-SCORED_IMAGES // BATCH)]:
+        if not batch.held_out:
+            with Trace(teacher, moments, follow=()):
+                teacher.run(images.read(batch.images), IMAGES, None)
+    return moments.sums
 
-    float64 [inputs] or [inputs, inputs].
-    """
+
+class _SecondMoments:
+    """A visitor that makes the sums of `_moments`, in float64."""
 
     def __init__(self, keys: set[str], whole: set[str]) -> None:
         self._keys, self._whole = keys, whole

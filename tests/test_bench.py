@@ -33,7 +33,7 @@ def test_anything_but_a_refusal_ends_the_count(monkeypatch):
 
 
 def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
-    options = "--batch_sizes 4 --num_workers 1 --rounds 2"
+    options = "--batch_sizes 4 --num_workers 1 --rounds 2 --teacher vit_small"
     result = throughput.main([*SMALL, *options.split(), "--ways", *throughput.WAYS, "--out", str(tmp_path / "cpu")])
     assert json.loads((tmp_path / "cpu.json").read_text()) == result
     rates = result["results"][0]["images_per_second"]
@@ -44,6 +44,7 @@ def test_throughput_prints_a_table_with_every_way(tmp_path, capsys):
         *(f"b: the host's part alone, batch 64, device, cache {cache}" for cache in ("ram", "device")),
         *(f"c: training, {way}" for way in ways),
         f"d: {habits}",
+        "t: bare step, teacher vit_small",
     }
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
     printed = capsys.readouterr().out

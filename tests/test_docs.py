@@ -22,7 +22,8 @@ import engine
 import main as script
 import models
 import weight_selection
-from options import selection_options, training_options
+from options import selection_options, training_defaults, training_options
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -122,6 +123,22 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A run of the ViT-S that the pages distill from, with random values, and the file of timm's model."""
+    root = tmp_path_factory.mktemp("teachers")
+    write_zeros(models.create("vit_small_patch14_dinov2.lvd142m", {}, device="meta"), root / "teacher.safetensors")
+    torch.manual_seed(0)
+    weights = models.create("vit_small", {"num_classes": 100, "img_size": 224}).state_dict()
+    options = training_defaults() | {"model": "vit_small"}
+    state = {"epoch": 0, "step": 1, "model": weights, "options": options, "processes": 1, "precision": "float32"}
+    state |= {"data": {"classes": [f"class {i}" for i in range(100)]}}
+    state |= {name: {} for name in ("optimizer", "scaler", "metrics", "best")}
+    (root / "vit_small_cifar100").mkdir()
+    save_checkpoint(root / "vit_small_cifar100" / "checkpoint-best.pth", state)
+    return root
+
+
 def options_of(words):
     return dict(itertools.pairwise(words))
 
@@ -192,7 +209,8 @@ def _without(words, option):
 
 # one baseline is enough: all four differ from their commands in the same way
 @pytest.mark.parametrize("words", [*TRAININGS, _without(TRAININGS[0], "--initialize")])
-def test_training_reaches_its_first_optimizer_step(words, selected, data, tmp_path, monkeypatch):
+def test_training_reaches_its_first_optimizer_step(words, selected, data, teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: teachers / "teacher.safetensors")
     if words in TRAININGS[4:6]:
         words = [*words, "--batch_size", "16"]  # 512 images at once are for a GPU
     monkeypatch.setattr(torchvision.datasets.utils, "check_integrity", lambda *_: True)
@@ -219,10 +237,10 @@ def test_training_reaches_its_first_optimizer_step(words, selected, data, tmp_pa
                 "/path/to/data": data / "cifar",
                 "/path/to/imagenet": data / "imagenet",
                 "/path/to/images": data / "imagenet",
+                "/path/to/results/vit_small_cifar100": teachers / "vit_small_cifar100",
+                "/path/to/results": tmp_path,
             }
-            script.main(
-                [*placed(words, {**places, "/path/to/results": tmp_path}), "--num_workers", "2", "--device", "cpu"]
-            )
+            script.main([*placed(words, places), "--num_workers", "2", "--device", "cpu"])
     finally:
         torch.set_num_threads(threads)
 

@@ -63,7 +63,7 @@ def test_model_key_chooses_the_part(tmp_path):
     assert open_weights(tmp_path / "x.pth", "ema").shapes == {"norm.weight": (2,)}
     for path in (tmp_path / "x.pth", save(tmp_path / "w.safetensors"), save(tmp_path / "w.safetensors.index.json")):
         for read in (open_weights, read_weights)[: 1 if path.suffix == ".json" else 2]:
-            with pytest.raises(UserError, match="no weights under the key model_ema; its keys: "):
+            with pytest.raises(UserError, match="no weights under model_ema .--model_key, --teacher_key.; its keys: "):
                 read(path, "model_ema")
 
 

@@ -114,7 +114,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """Read a training state to the CPU. UserError if the file is damaged or is not one of `save_checkpoint`'s."""
-    state = read_file(path)
+    return check_checkpoint(path, read_file(path))
+
+
+def check_checkpoint(path: Path, state: dict) -> dict:
+    """Return the training state that was read from `path`, with values for keys that it lacks. UserError if it is none."""
     if state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; weights to start from go to --initialize")
     state = NEWER | state

@@ -81,7 +81,8 @@ class Reporter:
             self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {ending}")
             self.bar.update(done - self.bar.n)
         else:
-            log.info("epoch %d [%d/%d] loss %.4f, %s", self.epoch, done, self.steps, means["loss"], ending)
+            losses = summary({f"train_{name}": value for name, value in means.items()}, {}).removeprefix("train ")
+            log.info("epoch %d [%d/%d] %s, %s", self.epoch, done, self.steps, losses, ending)
         scalars = {f"train/{name}": value for name, value in means.items()}
         self._write(scalars | {"train/lr": lr, "train/images_per_second": images_per_second}, step)
 
@@ -118,6 +119,7 @@ def summary(record: dict, best: dict) -> str:
     """Describe an epoch in one line: the figures that `record` has, and the best accuracy so far."""
     shown = [
         ("train loss {train_loss:.4f}", record),
+        ("of the task {train_task_loss:.4f}, of distillation {train_distillation_loss:.4f}", record),
         ("test loss {test_loss:.4f}, acc1 {test_acc1:.2f} %, acc5 {test_acc5:.2f} %", record),
         ("EMA acc1 {test_acc1_ema:.2f} %", record),
         ("best acc1 {test_acc1:.2f} %", best),

@@ -60,6 +60,15 @@ class Start:
                 message = f"{self.path} belongs to a run on other data: its {name} were {then}, not {value}"
                 raise UserError(message[:400])
 
+    def check_teacher(self, teacher: dict) -> None:
+        """UserError if the checkpoint's run was distilled from another teacher than the one described."""
+        then = self.state.get("teacher", {}) if self.state else teacher
+        differing = [
+            f"its {name} was {then.get(name)}, is {now}" for name, now in teacher.items() if then.get(name) != now
+        ]
+        if differing:
+            raise UserError(f"{self.path} belongs to a run with another teacher: {', '.join(differing)}")
+
     def bad_images(self) -> list[int]:
         """Return the training images that the checkpoint's run could not read."""
         return self.state["bad_images"] if self.state else []

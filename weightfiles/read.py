@@ -42,7 +42,9 @@ def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> di
     if wrapping:
         content = content[wrapping]
     elif len(keys) == 1:
-        raise UserError(f"{path} has no weights under the key {model_key}; its keys: {_some(content)}")
+        raise UserError(
+            f"{path} has no weights under {model_key} (--model_key, --teacher_key); its keys: {_some(content)}"
+        )
     for start in ("module.", prefix):
         if start and content and all(isinstance(key, str) and key.startswith(start) for key in content):
             content = {key[len(start) :]: value for key, value in content.items()}
