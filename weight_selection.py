@@ -41,6 +41,7 @@ from datasets import load_unlabelled
 from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
+from selection.activations.scratch import BATCH, Calibration
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
@@ -48,7 +49,6 @@ from selection.picture import check_plot, draw
 from selection.plan import Outline, choose
 from selection.rules import Choices
 from selection.running import Running, image_size
-from selection.scratch import BATCH, Calibration
 from selection.tensors import magnitudes, select
 from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
 from weightfiles.initialization import check_replaceable, write_initialization

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
-from selection.alignment import Alignment
+from selection.activations.alignment import Alignment
+from selection.activations.regression import Regression
+from selection.activations.scratch import Batch, Calibration, Scratch
+from selection.activations.segments import IMAGES, Segments
+from selection.activations.targets import Fit, KeepTargets, Outline, Targets
+from selection.activations.trace import Trace
 from selection.plan import Plan
-from selection.regression import Regression
-from selection.scratch import Batch, Calibration, Scratch
-from selection.segments import IMAGES, Segments
-from selection.targets import Fit, KeepTargets, Outline, Targets
-from selection.trace import Trace
 from utils import UserError
 
 log = logging.getLogger(__name__)

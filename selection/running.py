@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import models
 from models import ModelSpec
+from selection.activations.scores import activation_scores
+from selection.activations.scratch import Calibration
+from selection.activations.segments import Segments
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import Outline, Plan, choose
 from selection.refit import refit
 from selection.rules import Choices
-from selection.scores import activation_scores
-from selection.scratch import Calibration
-from selection.segments import Segments
 from selection.tensors import select
 from utils import UserError
 from weightfiles.lazy import Weights

@@ -9,18 +9,18 @@ from small_models import PAIRS
 from torch import nn
 
 import models
+from selection.activations.regression import NormalEquations
+from selection.activations.scratch import Calibration
+from selection.activations.segments import IMAGES, Segments
+from selection.activations.targets import Targets
+from selection.activations.trace import Trace
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import Group, Plan, Source, choose
 from selection.refit import refit
-from selection.ridge import NormalEquations
 from selection.rules import Choices
-from selection.scratch import Calibration
-from selection.segments import IMAGES, Segments
-from selection.targets import Targets
 from selection.tensors import select
-from selection.trace import Trace
 
 # ---- a linear residual network whose function is known ----
 

@@ -11,13 +11,13 @@ from small_models import PAIRS, SCRIPT_STUDENT, SCRIPT_TEACHER, random_tensors
 
 import models
 import weight_selection
+from selection.activations.scores import activation_scores, coverage
+from selection.activations.scratch import Calibration
+from selection.activations.segments import Segments
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.rules import Choices
-from selection.scores import activation_scores, coverage
-from selection.scratch import Calibration
-from selection.segments import Segments
 from selection.tensors import magnitudes
 from weightfiles.read import read_weights
 

@@ -1,5 +1,6 @@
 """See each layer that a model runs, by the tensor it uses, and where its output is added to the stream."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from selection.segments import Segments
+from selection.activations.segments import Segments
 
 # operations by which values only change places
 LAYOUT = frozenset(
@@ -39,6 +40,36 @@ class Call:
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+
+    def channels_last(self, value: Tensor) -> Tensor:
+        """View a value in the layout of the output [..., channels] or, of a convolution, [batch, C, H, W], channels last."""
+        return value if self.kind == "linear" else value.permute(0, 2, 3, 1)
+
+    def inputs(self, places: Tensor) -> Tensor:
+        """Gather what the layer sees for these places of its output: [places, groups, inputs], as its weight's other axes.
+
+        `places` are indices into the output's axes but the channels, flattened.
+        """
+        if self.kind == "linear":
+            return self.input.reshape(-1, 1, self.input.shape[-1])[places]
+        height, width = self.output.shape[2:]
+        image, place = places // (height * width), places % (height * width)
+        patches = self._patches()[image, :, place // width, place % width]  # [places, C, kernel, kernel]
+        return patches.reshape(len(places), self.groups, -1)
+
+    def _patches(self) -> Tensor:
+        """View a convolution's input as the patches [batch, C, H, W, kernel, kernel] of its places."""
+        x = F.pad(self.input, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        for axis in (0, 1):
+            extent = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            x = x.unfold(2 + axis, extent, self.stride[axis])
+        return x[..., :: self.dilation[0], :: self.dilation[1]]
+
+    @property
+    def unknowns(self) -> int:
+        """Count the unknowns of each of the outputs: its inputs, and the bias."""
+        width = self.input.shape[-1] if self.kind == "linear" else self.input.shape[1] // self.groups
+        return width * math.prod(self.kernel) + bool(self.bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selection.alignment import Alignment, Rows
-from selection.layer_inputs import last_channels, unknowns
+from selection.activations.alignment import Alignment, Rows
+from selection.activations.scratch import BATCH, Batch
+from selection.activations.segments import Segments
+from selection.activations.trace import Call, Trace, Write
 from selection.plan import Plan
-from selection.scratch import BATCH, Batch
-from selection.segments import Segments
-from selection.trace import Call, Trace, Write
 from utils import Stream, derive_seed
 
 ROWS_PER_UNKNOWN = 32  # rows of a regression, for each unknown of an output
@@ -57,15 +56,15 @@ class KeepTargets:
             return
         chosen = fit.chosen(self.batch, self._fitting)
         if fit.kind == "batch_norm":
-            target = moments(fit.rows.of_teacher(last_channels(call.input, call.kind), chosen))
+            target = moments(fit.rows.of_teacher(call.channels_last(call.input), chosen))
         else:
-            target = fit.rows.of_teacher(last_channels(call.output, call.kind), chosen)
+            target = fit.rows.of_teacher(call.channels_last(call.output), chosen)
         fit.targets.append(target if fit.fold is None else target * fit.fold)
 
     def wrote(self, call: Call, write: Write) -> None:
         fit = self.written[call.key]
         chosen = fit.chosen(self.batch, self._fitting)
-        behind, inside = (last_channels(each, call.kind) for each in (write.behind, write.inside))
+        behind, inside = (call.channels_last(each) for each in (write.behind, write.inside))
         arrives = fit.rows.of_teacher(inside, chosen)[:, 0] > 0
         fit.targets.append(fit.rows.of_teacher(behind, chosen)[arrives])
 
@@ -147,7 +146,7 @@ class Targets:
             return "it runs twice" if key in student.repeated else f"its padding is {call.padding!r}"
         places = [
             (BATCH * shape[0], *shape[1:-1])
-            for shape in (last_channels(each.output, each.kind).shape for each in (teacher.calls[teacher_key], call))
+            for shape in (each.channels_last(each.output).shape for each in (teacher.calls[teacher_key], call))
         ]
         channels = source.axes[0] if source.axes else None
         channels = None if channels is None else torch.from_numpy(self._plan.axis_indices(channels))
@@ -158,7 +157,7 @@ class Targets:
         folded = next((step[1] for step in source.steps if step[0] == "times"), None)
         fold = None if folded is None else self._teacher.model.get_parameter(folded)
         fold = fold if fold is None or channels is None else fold[channels]
-        return Fit(key, call.kind, teacher_key, rows, writes, fold, unknowns(call))
+        return Fit(key, call.kind, teacher_key, rows, writes, fold, call.unknowns)
 
     def _counterpart(self, key: str, student: Outline, teacher: Outline, end: int | None) -> str | None:
         """Name the teacher's layer whose values a student's layer should give.
@@ -183,7 +182,7 @@ class Targets:
             if source is None or call.kind == "batch_norm":
                 continue
             if (axis is None and block is None) or (axis is None and key in student.writes):
-                kept = torch.arange(last_channels(call.output, call.kind).shape[-1])
+                kept = torch.arange(call.channels_last(call.output).shape[-1])
             elif axis is not None and not (block and any(str(factor).startswith(block[0]) for factor in axis)):
                 kept = torch.from_numpy(self._plan.axis_indices(axis))
         return kept

@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selection.activations.scratch import BATCH, Calibration
+from selection.activations.segments import IMAGES, Segments
+from selection.activations.trace import Call, Trace
 from selection.family import Family
-from selection.layer_inputs import last_channels
 from selection.plan import Axis, Outline
-from selection.scratch import BATCH, Calibration
-from selection.segments import IMAGES, Segments
-from selection.trace import Call, Trace
 
 SCORED_IMAGES = 256  # scores differ little with more
 
@@ -82,7 +81,7 @@ class _SecondMoments:
 
     def ran(self, call: Call) -> None:
         if call.key in self._keys and call.kind != "batch_norm":
-            x = last_channels(call.input, call.kind)
+            x = call.channels_last(call.input)
             x = x.reshape(-1, x.shape[-1])
             moment = (x.mT @ x) if call.key in self._whole else x.square().sum(0)
             self.sums[call.key] = self.sums.get(call.key, 0.0) + moment.double()

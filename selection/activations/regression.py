@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from selection.layer_inputs import inputs, last_channels
-from selection.ridge import NormalEquations
-from selection.scratch import BATCH, Batch
-from selection.segments import Segments
-from selection.targets import Fit, moments
-from selection.trace import Call, Write
+from selection.activations.scratch import BATCH, Batch
+from selection.activations.segments import Segments
+from selection.activations.targets import Fit, moments
+from selection.activations.trace import Call, Write
 
+NEGLIGIBLE = 1e-10  # of the largest eigenvalue: directions in which the inputs do not vary
 SMALL_SCALE = 1e-3  # of the largest: a channel scaled by less keeps its weights, which would only fit noise
 
 
@@ -30,16 +29,16 @@ class Regression:
             return
         chosen = self._fit.chosen(self.batch, self._fitting)
         if call.kind == "batch_norm":
-            self._moments += moments(self._fit.rows.of_student(last_channels(call.input, call.kind), chosen))
+            self._moments += moments(self._fit.rows.of_student(call.channels_last(call.input), chosen))
         else:
-            output = self._fit.rows.of_student(last_channels(call.output, call.kind), chosen)
+            output = self._fit.rows.of_student(call.channels_last(call.output), chosen)
             self._add(call, chosen, next(self._targets) - output)
         self._student.stop()
 
     def wrote(self, call: Call, write: Write) -> None:
         chosen = self._fit.chosen(self.batch, self._fitting)
         values = [write.behind, write.inside] + [write.scale] * (write.scale is not None)
-        behind, inside, *scale = (self._fit.rows.of_student(last_channels(each, call.kind), chosen) for each in values)
+        behind, inside, *scale = (self._fit.rows.of_student(call.channels_last(each), chosen) for each in values)
         arrives = inside[:, 0] > 0
         residual = next(self._targets) - behind[arrives]
         if scale:
@@ -50,7 +49,7 @@ class Regression:
         self._student.stop()
 
     def _add(self, call: Call, chosen: Tensor, residual: Tensor) -> None:
-        x = inputs(call, self._fit.rows.student[chosen])
+        x = call.inputs(self._fit.rows.student[chosen])
         self._equations.add(x, residual.reshape(len(x), call.groups, -1))
 
     def apply(self, ridge: float) -> None:
@@ -81,3 +80,34 @@ class Regression:
 
 def _increase(tensor: Tensor, by: Tensor) -> None:
     tensor.copy_(tensor.double() + by.reshape(tensor.shape))
+
+
+class NormalEquations:
+    """Sums over rows, in float64, of inputs `x` [rows, groups, inputs] and residuals `r` [rows, groups, outputs]."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.x = self.r = self.xx = self.xr = 0.0
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        """Add rows; a linear layer and a plain convolution have one group."""
+        x, r = x.double().transpose(0, 1), r.double().transpose(0, 1)  # [groups, rows, …]
+        self.rows += x.shape[1]
+        self.x, self.r = self.x + x.sum(1), self.r + r.sum(1)
+        self.xx, self.xr = self.xx + x.mT @ x, self.xr + x.mT @ r
+
+    def solve(self, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """Return what to add to the weight [groups, outputs, inputs] and, if `centred`, to the bias [groups * outputs].
+
+        The penalty is `ridge` times the mean diagonal of the inputs' covariance. Without centring the bias's part is 0.
+        """
+        mean_x, mean_r = (self.x / self.rows, self.r / self.rows) if centred else (0 * self.x, 0 * self.r)
+        covariance = self.xx / self.rows - mean_x[:, :, None] * mean_x[:, None, :]
+        wanted = self.xr / self.rows - mean_x[:, :, None] * mean_r[:, None, :]
+        values, vectors = torch.linalg.eigh(covariance)  # ascending, orthonormal columns
+        largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
+        penalty = ridge * covariance.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        inverse = torch.where(values > NEGLIGIBLE * largest, 1 / (values + penalty), 0.0)
+        weight = vectors @ (inverse[:, :, None] * (vectors.mT @ wanted))  # [groups, inputs, outputs]
+        bias = mean_r - (mean_x[:, None, :] @ weight)[:, 0]
+        return weight.mT, bias.flatten()
