@@ -116,6 +116,13 @@ def needs_images(options: argparse.Namespace) -> bool:
     return options.refit or options.element_selection in ACTIVATION_RULES
 
 
+def given_in_vain(options: argparse.Namespace) -> list[str]:
+    """Return the options about images that differ from their defaults, for a run of weight_selection.py without images."""
+    names = "ridge data_set data_path calibration_images input_size imagenet_default_mean_and_std".split()
+    parser = _selection_parser()
+    return [name for name in names if getattr(options, name) != parser.get_default(name)]
+
+
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the validated options of main.py; end the process with code 2 on a usage error."""
     parser = _training_parser()

@@ -19,7 +19,7 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import ACTIVATION_RULES, LEAST_IMAGES, needs_images, selection_options
+from options import ACTIVATION_RULES, LEAST_IMAGES, given_in_vain, needs_images, selection_options
 
 if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
@@ -260,6 +260,9 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
     if options.heads and description["choices"]["heads"] is None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
+    if not needs_images(options):
+        for name in given_in_vain(options):
+            log.warning("--%s has no effect without --refit true or a rule by activation", name)
     if options.plan and options.output_dir:
         log.warning("--output_dir has no effect with --plan: nothing is written there")
 

@@ -1,4 +1,4 @@
-"""The picture of a plan that --plot draws: which of the teacher's layers, channels, heads and hidden units are kept."""
+"""The picture that --plot draws: which of the teacher's layers, channels, heads and hidden units are kept; a refit."""
 
 import io
 import re
@@ -55,6 +55,18 @@ class Strip:
         strides = set(np.diff(self.kept).tolist())
         even = len(strides) == 1 and strides != {1} and len(self.kept) >= 8  # of fewer it may be an accident
         return f"{len(self.kept)} of {self.size}" + f", stride {max(strides)}" * even
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of the variance of the teacher's stream that the student explains, as selected and refitted."""
+
+    label: str
+    selected: float
+    refitted: float
+
+    def count(self) -> str:
+        return f"{self.selected:.0%} → {self.refitted:.0%}"
 
 
 def panels(plan: Mapping) -> dict[str, list[Strip]]:
@@ -130,6 +142,8 @@ def draw(description: Mapping, path: Path) -> None:
         y = ROW * (number + 0.5)
         if isinstance(row, Strip):
             _draw_strip(axes, y, row)
+        elif isinstance(row, Share):
+            _draw_share(axes, y, row)
         else:
             words, looks = row
             _text(axes, MARGIN, y, words, **looks)
@@ -140,15 +154,24 @@ def draw(description: Mapping, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-def _rows(description: Mapping) -> list[Strip | tuple[str, dict]]:
-    """List the rows of the picture: strips, and (text, its looks)."""
+def _shares(description: Mapping) -> dict[str, list[Share]]:
+    """Make the panel of a refit, if there was one."""
+    if "refit" not in description:
+        return {}
+    after, before = (each["explained_variance"] for each in (description["refit"], description["refit"]["selected"]))
+    title = "Refit: the share of the teacher's stream behind each block that is explained, before (dark) and after"
+    return {title: [Share(block, before[block], after[block]) for block in after]}
+
+
+def _rows(description: Mapping) -> list[Strip | Share | tuple[str, dict]]:
+    """List the rows of the picture: strips, shares, and (text, its looks)."""
     plan, bold = description["plan"], {"weight": "bold"}
     title, choices = headline(description)
     rows = [("", {})]
     rows += [(line, {"fontsize": 15, **bold}) for line in textwrap.wrap(title, 110)]
     rows += [(line, {"fontsize": 13}) for line in textwrap.wrap(choices, 150)]
     layers = [Strip(name, stage["teacher_size"], tuple(stage["indices"])) for name, stage in plan["layers"].items()]
-    for heading, strips in {"Layers": layers, **panels(plan)}.items():
+    for heading, strips in {"Layers": layers, **panels(plan), **_shares(description)}.items():
         rows += [("", {}), (heading, {"fontsize": 14, **bold}), *strips]
     notes = [note + f" ({count} tensors)" * (count > 1) for note, count in plan["notes"].items()]
     small = [line for note in (*KEY, *notes) for line in textwrap.wrap(note, 160)]
@@ -173,6 +196,15 @@ def _draw_strip(axes, y: float, strip: Strip) -> None:
         for number, index in enumerate(strip.kept):
             looks = {"fontsize": min(10, cell / 9), "color": "white", "weight": "bold", "ha": "center"}
             _text(axes, LEFT + cell * (index + 0.5), y, f"{index}→{number}", **looks)
+
+
+def _draw_share(axes, y: float, share: Share) -> None:
+    """Draw a bar from 0 to 100 %; a share below 0, of a stream worse than its mean, is drawn as 0."""
+    _text(axes, MARGIN, y, share.label)
+    _text(axes, LEFT + STRIP + 18, y, share.count())
+    for value, darkness in ((1.0, 0.0), (share.refitted, 0.5), (share.selected, 1.0)):
+        colour = PALE + darkness * (DARK - PALE)
+        axes.barh(y, STRIP * min(max(value, 0.0), 1.0), height=16, left=LEFT, color=tuple(colour))
 
 
 def columns(size: int, kept: Sequence[int]) -> np.ndarray:

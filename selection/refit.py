@@ -100,7 +100,7 @@ class _Walk:
         self._teacher, self._student, self._images = teacher, students[0], images
         everyone, held_out = range(images.count), range(images.fitting, images.count)
         self._streams = {
-            model: Scratch(images.folder, which, max(map(math.prod, model.shapes)))
+            model: Scratch(images.folder, which, max(map(math.prod, model.shapes[:IMAGES])))
             for model, which in zip((teacher, *students), (everyone, everyone, held_out), strict=True)
         }
         space = sum(stream.mebibytes for stream in self._streams.values())

@@ -84,6 +84,7 @@ class Study(NamedTuple):
 
 
 RATE_SEED = 3
+CALIBRATION_IMAGES = 1024  # the default of weight_selection.py
 # The paper's augmentation is made for 300 epochs. Ten epochs need little more than flips and padded crops.
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import write_images
 
-from bench import pairs, throughput
+from bench import pairs, refit, selection, throughput
 
 SMALL = "--models vit_tiny --input_size 48 --device cpu --seconds 0.01".split()
 
@@ -123,3 +123,16 @@ def test_rate_is_not_misled_by_batches_that_were_ready(monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     rate = throughput.rate(steps, 16, 0.5)
     assert clock[0] < 1.0 and rate == pytest.approx(16 * len(done) / clock[0])
+
+
+def test_refit_is_measured_with_its_disk(tmp_path, monkeypatch, capsys):
+    small = selection.Pair("ConvNeXt-F → A", "convnext_femto", {}, "femto.safetensors", "convnext_atto")
+    monkeypatch.setitem(refit.PAIRS, "convnext_t", small)
+    measured = refit.measure("convnext_t", 16, tmp_path)
+    streams = {"femto": 48 * 56 * 56, "atto": 40 * 56 * 56}  # values behind the first block, the largest
+    images, held_out = 3 * 224 * 224, 3
+    values = 16 * (images + streams["femto"] + streams["atto"]) + held_out * streams["atto"]
+    assert measured["disk_mib"] == pytest.approx(4 * values / 2**20)
+    assert measured["seconds"] > 0 and len(list((tmp_path / "images").iterdir())) == 16
+    text = refit.report([measured])
+    assert f"| ConvNeXt-F → A | 16 | {measured['seconds']:.0f} |" in text

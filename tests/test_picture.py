@@ -129,3 +129,10 @@ def test_a_plot_that_cannot_be_written_is_refused_at_once(name, problem, tmp_pat
     monkeypatch.setattr(weight_selection, "select_weights", None)
     with pytest.raises(UserError, match=f"--plot .*{problem}"):
         weight_selection.main(["--plan", "--plot", str(tmp_path / name)])
+
+
+def test_refit_has_a_bar_for_each_block_before_and_after():
+    shares = {"selected": {"explained_variance": {"blocks.0": 0.25}}, "explained_variance": {"blocks.0": 0.5}}
+    (panel,) = picture._shares({"refit": shares}).values()
+    assert panel == [picture.Share("blocks.0", 0.25, 0.5)] and panel[0].count() == "25% → 50%"
+    assert picture._shares({}) == {}

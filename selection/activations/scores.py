@@ -10,7 +10,7 @@ from selection.activations.trace import Call, Trace
 from selection.family import Family
 from selection.plan import Axis, Outline
 
-SCORED_IMAGES = 256  # scores differ little with more
+SCORED_IMAGES = 128  # scores differ little with more, and each costs a pass of the teacher
 
 
 def activation_scores(

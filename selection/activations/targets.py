@@ -14,7 +14,7 @@ from selection.activations.trace import Call, Trace, Write
 from selection.plan import Plan
 from utils import Stream, derive_seed
 
-ROWS_PER_UNKNOWN = 32  # rows of a regression, for each unknown of an output
+ROWS_PER_UNKNOWN = 24  # rows of a regression, for each unknown of an output
 
 
 @dataclass

@@ -1,0 +1,151 @@
+"""Make the table of a study whose arms have learning rates of their own, from its result folders alone.
+
+    python -m study.rates results/study-refit
+
+writes rates.md there and prints it. An arm's rate is the best of those that were tried with one seed, which is not
+reported otherwise. Arms whose rate is not known yet are left out.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import compare
+from study.arms import ARMS, CALIBRATION_IMAGES, RATE_SEED
+from training.finished import FinishedRun, find_runs, read_runs
+from utils import UserError, run_script
+
+METRIC = "test_acc1"
+BASELINE, PAPER = "random", "selected"
+# of a forward and a backward pass, in units of a training step of the same image
+FORWARD = 1 / 3
+
+
+class Tried(NamedTuple):
+    """An arm: its runs at the best rate, and where each rate ended with the seed that chose it."""
+
+    rate: str
+    runs: list[FinishedRun]
+    ends: dict[str, float]
+
+
+Section = dict[str, Tried]
+
+
+def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun]]:
+    """Return the arms by section, such as "vit/tenth", and the teachers by name."""
+    runs: dict[tuple[str, str], list[tuple[str, FinishedRun]]] = defaultdict(list)
+    teachers: dict[str, FinishedRun] = {}
+    for run in read_runs(find_runs([root]), METRIC):
+        name = run.folder.relative_to(root)
+        arm, _, rest = run.folder.name.partition("@")
+        if rest:
+            runs[name.parent.as_posix(), arm].append((rest.rpartition("-")[0], run))
+        else:
+            teachers[name.as_posix()] = run
+    sections: dict[str, Section] = defaultdict(dict)
+    for (section, arm), tried in runs.items():
+        ends = {rate: run.last for rate, run in tried if run.seed == RATE_SEED}
+        best = max(ends, key=ends.get) if ends else ""
+        chosen = [run for rate, run in tried if rate == best and run.seed != RATE_SEED]
+        if chosen:
+            sections[section][arm] = Tried(best, chosen, ends)
+    return sections, teachers
+
+
+def work(run: FinishedRun) -> tuple[float, float]:
+    """Return the images that a run trained on, each as often as it was seen, and its model's parameters."""
+    *_, last = (run.folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    record = json.loads(last)
+    return record["step"] * int(run.settings["images_per_update"]), record["n_parameters"]
+
+
+def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedRun]) -> float:
+    """Return images times parameters of all that an arm trains and runs, in units of its student's training.
+
+    The teacher's training on its own data does not count: it is there already.
+    """
+    choices, (images, parameters) = ARMS[arm], work(run)
+    own, total = images * parameters, images * parameters
+    family = section.partition("/")[0]
+    if "tuned" in (choices.teacher, choices.distilled):
+        tuned_images, large = work(teachers[f"{section}/tuned"])
+        total += tuned_images * large
+    if choices.distilled:
+        total += FORWARD * images * large
+    if choices.selection and "--data_path" in choices.selection:
+        large = work(teachers[f"{family}/teacher"])[1]
+        passes = 2 * large + (5 * parameters if "--refit" in choices.selection else 0)
+        total += FORWARD * CALIBRATION_IMAGES * passes
+    return total / own
+
+
+def rows_of(section: str, arms: Section, teachers: dict[str, FinishedRun]) -> list[list[str]]:
+    """Return the cells of a section's table, the best arm last."""
+    baseline = arms[BASELINE].runs
+    goal = compare.spread([run.last for run in baseline])["mean"]
+    rows = []
+    for arm, tried in sorted(arms.items(), key=lambda item: sum(run.last for run in item[1].runs) / len(item[1].runs)):
+        runs = sorted(tried.runs, key=lambda run: run.seed)
+        means = {epoch: sum(run.values[epoch] for run in runs) / len(runs) for epoch in sorted(runs[0].values)}
+        reached = next((str(epoch + 1) for epoch, mean in means.items() if mean >= goal), "never")
+        gains = [_gain(runs, arms.get(other)) for other in (BASELINE, PAPER)]
+        accuracies = [compare.spread([run.values[epoch] for run in runs]) for epoch in (min(means), max(means))]
+        rows.append(
+            [
+                ARMS[arm].title,
+                tried.rate,
+                str(len(runs)),
+                *(compare.cell(each, 1) for each in accuracies),
+                *gains,
+                "" if arm == BASELINE else reached,
+                f"{cost(section, arm, runs[0], teachers):.1f}",
+            ]
+        )
+    return rows
+
+
+def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
+    """Return the cell of the difference to another arm, paired by seed; "" to itself."""
+    if other is None or runs[0] in other.runs:
+        return ""
+    ends = {run.seed: run.last for run in other.runs}
+    return compare.cell(compare.spread([run.last - ends[run.seed] for run in runs if run.seed in ends]), 1, sign="+")
+
+
+def report(root: Path) -> str:
+    """Return the page: a table for each section, and what was tried. UserError without a baseline."""
+    sections, teachers = read_sections(root)
+    lines = []
+    for section, arms in sections.items():
+        if BASELINE not in arms:
+            raise UserError(f"{root}/{section}: no runs from random init to compare with")
+        heads = ["start", "rate", "n", "after 1 epoch", "at the end", "over random init", "over weight selection"]
+        table = [[*heads, "reaches random init's end in epoch", "cost"], ["---", *["---:"] * 8]]
+        lines += [f"## {section}", "", *compare.markdown([*table, *rows_of(section, arms, teachers)]), ""]
+        lines += [f"- {name}: {run.last:.1f} %" for name, run in teachers.items()] + [""]
+        rates = sorted({rate for tried in arms.values() for rate in tried.ends}, key=float)
+        table = [["start", *rates], ["---", *["---:"] * len(rates)]]
+        table += [
+            [ARMS[arm].title, *(f"{tried.ends.get(rate, 0):.1f}" for rate in rates)] for arm, tried in arms.items()
+        ]
+        lines += [f"### Rates, seed {RATE_SEED}", "", *compare.markdown(table), ""]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m study.rates", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, metavar="FOLDER", help="what study.run had as --results")
+    options = parser.parse_args(argv)
+    text = report(options.results)
+    (options.results / "rates.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

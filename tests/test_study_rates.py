@@ -1,0 +1,58 @@
+"""A study whose arms have learning rates of their own: how they are found, and the table."""
+
+import functools
+import json
+
+from conftest import read_log, write_run
+
+from study import arms, rates, run
+
+
+def write_arms(root, ends, section="vit/tenth"):
+    """Runs of the section, {arm: {rate: {seed: accuracies}}}, and its teachers."""
+    for arm, tried in ends.items():
+        for rate, seeds in tried.items():
+            for seed, accuracies in seeds.items():
+                folder = write_run(root / section / f"{arm}@{rate}-{seed}", accuracies, seed=seed, lr=float(rate))
+                finish(folder, 390, 1000)
+    for name, size in (("vit/teacher", 3000), (f"{section}/tuned", 3000)):
+        finish(write_run(root / name, [10.0, 12.5]), 390, size)
+
+
+def finish(folder, step, parameters):
+    """Give the log of a run the figures that say what it cost."""
+    records = read_log(folder)
+    records[-1] |= {"step": step, "n_parameters": parameters}
+    (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_rate_of_an_arm_is_the_best_of_its_own_seed(tmp_path):
+    tried = {"1e-3": {3: [20.0, 30.0], 0: [19.0, 31.0], 1: [21.0, 33.0]}, "2e-3": {3: [1.0, 29.0]}}
+    better = {"1e-3": {3: [20.0, 35.0]}, "2e-3": {3: [25.0, 36.0], 0: [30.0, 40.0], 1: [34.0, 44.0]}}
+    write_arms(tmp_path, {"random": tried, "chain": better, "keep": {"1e-3": {3: [1.0, 2.0]}}})
+    text = rates.report(tmp_path)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    cost = 1 + 3 + 3 / 3 + 1024 * (2 * 3000 + 5 * 1000) / 3 / (390 * 64 * 1000)
+    assert ["random init", "1e-3", "2", "20.0 ± 1.4", "32.0 ± 1.4", "", "", "", "1.0"] in cells
+    chain = arms.ARMS["chain"].title
+    assert [chain, "2e-3", "2", "32.0 ± 2.8", "42.0 ± 2.8", "+10.0 ± 1.4", "", "1", f"{cost:.1f}"] in cells
+    assert [chain, "35.0", "36.0"] in cells and "- vit/teacher: 12.5 %" in text
+    assert arms.ARMS["keep"].title not in text  # its rate is tried, its seeds are missing
+
+
+def test_study_finds_the_rate_and_then_runs_the_other_seeds(tmp_path):
+    study = arms.STUDIES["refit"]._replace(rows=[("vit", "tenth", "random", range(2))], rates=("1e-3", "2e-3"))
+    place = run.Place(tmp_path, tmp_path)
+
+    def planned():
+        return [each.name for each in arms.runs_of(study, functools.partial(place.best_rate, study.rates))]
+
+    assert planned() == ["vit/tenth/random@1e-3-3", "vit/tenth/random@2e-3-3"]
+    write_arms(tmp_path, {"random": {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0]}}})
+    assert planned()[2:] == ["vit/tenth/random@2e-3-0", "vit/tenth/random@2e-3-1"]
+
+
+def test_tuned_teacher_and_the_one_it_starts_from_come_first():
+    study = arms.STUDIES["refit"]
+    names = [each.name for each in run.chosen(arms.runs_of(study), "chain@1e-3-3")]
+    assert names == ["vit/teacher", "vit/tenth/tuned", "vit/tenth/chain@1e-3-3"]
