@@ -1,14 +1,17 @@
 """The refit: a student's layers fitted to give the teacher's values, by one algorithm for all families."""
 
 import copy
+import errno
 import math
+import os
 
 import pytest
 import torch
-from small_models import PAIRS
+from small_models import PAIRS, VIT_T
 from torch import nn
 
 import models
+from selection.activations.alignment import Alignment
 from selection.activations.regression import NormalEquations
 from selection.activations.scratch import Calibration
 from selection.activations.segments import IMAGES, Segments
@@ -21,6 +24,7 @@ from selection.plan import Group, Plan, Source, choose
 from selection.refit import refit
 from selection.rules import Choices
 from selection.tensors import select
+from utils import UserError
 
 # ---- a linear residual network whose function is known ----
 
@@ -148,6 +152,21 @@ def test_layer_stands_for_those_that_are_left_out_behind_it(tmp_path):
     assert targets.ends(to_stage_end=True) == [1, 3]
 
 
+def test_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"3 MiB are needed for activations: No space left on device"):
+        Calibration([torch.zeros(20, 3, 128, 128)], 16, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_in_the_folder(tmp_path):
+    refit_linear(redundant_teacher(), tmp_path, ridge=0.01)
+    assert list(tmp_path.iterdir()) == []  # the files have no names, so a kill leaves nothing either
+
+
 # ---- the regression ----
 
 
@@ -253,6 +272,21 @@ class Watch:
         self.writes[call.key] = call, write
 
 
+def test_channels_that_layer_scale_nearly_removes_keep_their_weights(tmp_path):
+    """DINOv2's student has a LayerScale of its own: what it divides by ten thousand could only fit noise."""
+    teacher, student, plan, family = pair("dinov2")
+    for block in teacher.blocks:
+        block.ls1.gamma.data[plan.groups["stream"].kept[3]] = 1e-5
+    tensors = select(teacher.state_dict(), plan)
+    student.load_state_dict(tensors)
+    given = images(40, 3, 16, 16, folder=tmp_path)
+    parts = [Segments(model, family.layers, given.shape, "m") for model in (teacher, student, copy.deepcopy(student))]
+    refit(parts[0], tuple(parts[1:]), plan, family.layers, given, ridge=0.01)
+    for key in ("blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"):
+        moved = (student.state_dict()[key] - tensors[key]).abs().reshape(12, -1).amax(1)
+        assert moved[3] == 0 and (moved > 0).sum() == 11
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_tracing_changes_no_value(kind):
     _, student, _, family = pair(kind)
@@ -279,6 +313,19 @@ def test_stream_behind_a_layer_comes_in_the_layout_of_its_output(kind):
     before = (write.behind - written).flatten().sort().values
     torch.testing.assert_close(before, entered[0].flatten().sort().values, rtol=1e-4, atol=1e-5)
     assert write.inside.unique().tolist() == [1]
+
+
+def test_tokens_that_only_one_model_has_are_left_out():
+    """A teacher with a class token and four registers, a student with a class token and two of them."""
+    teacher, student, plan, _ = pair("dinov2")
+    rows = Alignment(teacher, student, plan).rows((2, 21), (2, 19), torch.arange(12), None)
+    kept = plan.groups["registers"].kept
+    expected = [0, *(1 + register for register in kept), *range(5, 21)]
+    assert rows.teacher.tolist() == expected + [21 + row for row in expected]
+    assert rows.student.tolist() == list(range(38))
+    plain = models.create(VIT_T, {**PAIRS["vit"][3], "class_token": False, "global_pool": "avg"})
+    rows = Alignment(teacher, plain, plan).rows((1, 21), (1, 16), torch.arange(12), None)
+    assert rows.teacher.tolist() == list(range(5, 21)) and rows.student.tolist() == list(range(16))
 
 
 def test_rows_that_only_fill_up_windows_are_told(tmp_path):
