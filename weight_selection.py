@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     if options.refit:
         log.info("--refit: --element_selection %s and --heads %s", rule, heads)
     if needs_images(options):
-        images = calibration_images(options, student, Path() if options.plan else path.parent)
+        scratch = Path() if options.plan else next(folder for folder in path.absolute().parents if folder.exists())
+        images = calibration_images(options, student, scratch)
         on_images = OnImages(images, options.ridge if options.refit else None)
     tensors, description = select_weights(
         teacher,

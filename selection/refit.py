@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
+import models
 from selection.activations.alignment import Alignment
 from selection.activations.regression import Regression
 from selection.activations.scratch import Batch, Calibration, Scratch
@@ -87,7 +88,7 @@ def refit(
                 walk.advance(student, block - 1, last, only_held_out=student is students[1])
                 share = walk.explained(student, block, end, stream, targets.alignment)
                 closeness.explained_variance[students[0].blocks[block]] = share
-            elif any(call.kind == "linear" and key in plan.sources for key, call in outline.calls.items()):
+            elif any(key.startswith(models.head_prefixes(students[0].model)) for key in plan.sources):
                 closeness.top1_agreement = walk.agreement(student, block - 1, after)
         after = end
     return report
@@ -151,6 +152,12 @@ class _Walk:
             values = self._read(self._teacher, batch.images, end), self._read(student, batch.images, block)
             channel = values[1].ndim - 1 if values[1].shape[-1] == len(stream) else 1
             shared = alignment.pick(*values, stream)
+            if shared is None:
+                sizes = " and ".join(str(list(each.shape[1:])) for each in values)
+                raise UserError(
+                    f"{student.blocks[block]}: teacher and student differ in places, {sizes} with channels: "
+                    "see --pretrained_kwargs and --student_kwargs"
+                )
             wanted, given = (each.double().movedim(channel, -1).reshape(-1, len(stream)) for each in shared)
             error += (wanted - given).square().sum().item()
             squares += wanted.square().sum().item()

@@ -157,7 +157,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"3 MiB are needed for activations: No space left on device"):
+    with pytest.raises(UserError, match=r"3 MiB are needed for images and activations: No space left on device"):
         Calibration([torch.zeros(20, 3, 128, 128)], 16, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +203,7 @@ def test_directions_without_variance_are_dropped():
 # ---- timm's models ----
 
 
-def pair(kind, *, same=False, seed=0):
+def pair(kind, *, same=False, seed=0, with_head=True):
     """A pair of small models with values and their plan, the student as large as the teacher if `same`."""
     teacher_name, teacher_kwargs, name, kwargs = PAIRS[kind]
     if same:
@@ -213,17 +213,18 @@ def pair(kind, *, same=False, seed=0):
     for tensor in teacher.parameters():
         tensor.data += 0.1 * torch.randn(tensor.shape)
     family = FAMILIES[models.family_of(teacher)]
-    layouts = (Layout.of(model, family) for model in (teacher, student))
+    left_out = () if with_head else models.head_prefixes(teacher)
+    layouts = (Layout.of(model, family, left_out) for model in (teacher, student))
     choices = Choices()
     return teacher, student, choose(match(family, *layouts, choices), choices), family
 
 
-def refit_pair(kind, folder, *, ridge=0.01, same=False, count=40):
+def refit_pair(kind, folder, *, ridge=0.01, same=False, count=40, with_head=True, size=None, made=None):
     """Refit a small pair on noise; return the selected tensors, the student, the report, the plan."""
-    teacher, student, plan, family = pair(kind, same=same)
+    teacher, student, plan, family = made or pair(kind, same=same, with_head=with_head)
     tensors = select(teacher.state_dict(), plan)
-    student.load_state_dict(tensors)
-    size = PAIRS[kind][3].get("img_size", 32)
+    student.load_state_dict(tensors, strict=with_head)
+    size = size or PAIRS[kind][3].get("img_size", 32)
     given = images(count, 3, size, size, folder=folder)
     parts = [
         Segments(model, family.layers, given.shape, "model") for model in (teacher, student, copy.deepcopy(student))
@@ -259,6 +260,45 @@ def test_student_of_the_teachers_size_stays_as_it_is(kind, ridge, tmp_path):
     assert set(report.closeness.explained_variance.values()) == {1.0} and report.closeness.top1_agreement == 1
 
 
+@pytest.mark.parametrize("kind, scale", [("dinov2", "blocks.0.ls1.gamma"), ("resnet basic", "layer1.0.bn2.weight")])
+def test_branch_that_is_scaled_by_zero_stays_as_selected(kind, scale, tmp_path):
+    teacher, *_ = made = pair(kind)
+    teacher.get_parameter(scale).data.zero_()
+    _, student, *_ = refit_pair(kind, tmp_path, count=40, made=made)
+    assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
+
+
+def test_statistics_of_values_that_hardly_vary_stay(tmp_path, monkeypatch):
+    """Images nearly alike say nothing of variances: the ratio of two tiny ones would scale channels many times."""
+    grey = 0.3 + 1e-3 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 8, 8)
+    monkeypatch.setitem(globals(), "images", lambda *_, folder: Calibration(grey.split(20), 40, folder))
+    tensors, student, *_ = refit_pair("resnet basic", tmp_path, size=8)
+    for key, tensor in student.state_dict().items():
+        if key.startswith("layer4") and key.endswith("running_var"):  # behind all strides: one place of each image
+            torch.testing.assert_close(tensor, tensors[key], rtol=0.01, atol=0)
+
+
+def test_tokens_are_found_at_another_size_of_images(tmp_path):
+    """Two of DINOv3's four registers are left out, on images of 32 px; both models are made for 16 px."""
+    _, _, report, _ = refit_pair("dinov3", tmp_path, count=20, size=32)
+    assert report.left == {} and report.closeness.explained_variance["blocks.1"] > 0
+
+
+def test_places_that_differ_are_refused(tmp_path, monkeypatch):
+    name, teacher, _, student = PAIRS["resnet basic"]
+    monkeypatch.setitem(PAIRS, "coarser", (name, teacher, name, {**student, "output_stride": 8}))
+    with pytest.raises(
+        UserError, match=r"layer3.0: teacher and student differ in places, \[16, 2, 2\] and \[9, 4, 4\]"
+    ):
+        refit_pair("coarser", tmp_path, count=20)
+
+
+def test_without_a_head_no_classes_are_compared(tmp_path):
+    """SigLIP pools by layers of its own, which run behind the last block, as a head does."""
+    _, _, report, _ = refit_pair("siglip", tmp_path, count=20, with_head=False)
+    assert report.closeness.top1_agreement is None and report.selected.top1_agreement is None
+
+
 class Watch:
     """A visitor that notes what runs and what writes to the stream."""
 
@@ -272,7 +312,7 @@ class Watch:
         self.writes[call.key] = call, write
 
 
-def test_channels_that_layer_scale_nearly_removes_keep_their_weights(tmp_path):
+def test_channels_that_layer_scale_nearly_removes_stay(tmp_path):
     """DINOv2's student has a LayerScale of its own: what it divides by ten thousand could only fit noise."""
     teacher, student, plan, family = pair("dinov2")
     for block in teacher.blocks:
@@ -317,13 +357,14 @@ def test_stream_behind_a_layer_comes_in_the_layout_of_its_output(kind):
 
 def test_tokens_that_only_one_model_has_are_left_out():
     """A teacher with a class token and four registers, a student with a class token and two of them."""
-    teacher, student, plan, _ = pair("dinov2")
+    teacher, student, plan, family = pair("dinov2")
+    plain = models.create(VIT_T, {**PAIRS["vit"][3], "class_token": False, "global_pool": "avg"})
+    teacher, student, plain = (Segments(model, family.layers, (3, 16, 16), "m") for model in (teacher, student, plain))
     rows = Alignment(teacher, student, plan).rows((2, 21), (2, 19), torch.arange(12), None)
     kept = plan.groups["registers"].kept
     expected = [0, *(1 + register for register in kept), *range(5, 21)]
     assert rows.teacher.tolist() == expected + [21 + row for row in expected]
     assert rows.student.tolist() == list(range(38))
-    plain = models.create(VIT_T, {**PAIRS["vit"][3], "class_token": False, "global_pool": "avg"})
     rows = Alignment(teacher, plain, plan).rows((1, 21), (1, 16), torch.arange(12), None)
     assert rows.teacher.tolist() == list(range(5, 21)) and rows.student.tolist() == list(range(16))
 

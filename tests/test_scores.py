@@ -12,13 +12,14 @@ from small_models import PAIRS, SCRIPT_STUDENT, SCRIPT_TEACHER, random_tensors
 import models
 import weight_selection
 from selection.activations.scores import activation_scores, coverage
-from selection.activations.scratch import Calibration
+from selection.activations.scratch import Calibration, Scratch
 from selection.activations.segments import Segments
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.rules import Choices
 from selection.tensors import magnitudes
+from utils import UserError
 from weightfiles.read import read_weights
 
 
@@ -112,6 +113,13 @@ def test_stream_counts_by_its_mean_squares_or_by_its_norms(tmp_path):
     np.testing.assert_allclose(by_energy["stream"], by_hand, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind, group", [("convnext", "stages.0"), ("swin", "layers.1")])
+def test_channels_of_a_stage_are_stream_for_the_layer_behind_it(kind, group, tmp_path):
+    """Outside of blocks, the layer that reads a stage's last output is none of its hidden ones."""
+    by_norm, *_, norms = scored(kind, "magnitude_energy", tmp_path)
+    np.testing.assert_array_equal(by_norm[group], norms[group])
+
+
 def test_coverage_takes_channels_that_explain_the_others():
     """Channels 0 and 1 are one value at two scales, 2 is another, 3 is always 0: 2 and one of the first two explain all."""
     a, b = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -150,6 +158,11 @@ def test_infinite_ridge_gives_the_selected_tensors(refit):
     selected, _ = refit("--refit", "false", "--element_selection", "energy", "--heads", "keep", name="plain.pth")
     assert all(torch.equal(refitted[key], selected[key]) for key in selected) and refitted.keys() == selected.keys()
     assert about["refit"]["ridge"] == math.inf and about["refit"]["refitted"] == 0
+
+
+def test_folder_of_the_output_may_be_new(refit, tmp_path):
+    refit(name="new/below/out.pth")
+    assert sorted(path.name for path in (tmp_path / "new/below").iterdir()) == ["out.json", "out.pth"]
 
 
 def test_head_that_is_taken_is_refitted_and_agrees_more(refit):
@@ -206,6 +219,11 @@ def test_usage_errors_are_said_before_anything_is_read(options, message, capsys)
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_folder_that_takes_no_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none: 1 MiB are needed for images and activations: No such file"):
+        Scratch(tmp_path / "none", range(1), 2**18)
+
+
 def test_bad_images_and_bad_teachers_end_in_one_line(small_teacher, folder, tmp_path):
     path, weights = small_teacher
 
@@ -221,4 +239,5 @@ def test_bad_images_and_bad_teachers_end_in_one_line(small_teacher, folder, tmp_
     (folder / "a" / "000.jpg").unlink()
     torch.save({**weights, "norm.bias": weights["norm.bias"], "blocks.0.norm1.bias": weights["norm.bias"] * 1e38}, path)
     assert "activations are not finite for these images" in message()
+    assert "activations are not finite for these images" in message("--refit", "false", "--element_selection", "energy")
     assert not list(tmp_path.glob("out*"))

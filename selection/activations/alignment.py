@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from selection.activations.segments import Segments
 from selection.plan import Plan
 from selection.positions import TOKENS
 
@@ -32,14 +33,15 @@ class Rows:
 class Alignment:
     """The places of a pair of models that have the same grid of patches."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan) -> None:
+    def __init__(self, teacher: Segments, student: Segments, plan: Plan) -> None:
         registers = plan.groups["registers"].kept if "registers" in plan.groups else None
-        own, other = _tokens(student), _tokens(teacher)
+        own, other = _tokens(student.model), _tokens(teacher.model)
         names = [(token, registers[row] if token == "reg_token" and registers else row) for token, row in own]
         shared = [row for row, name in enumerate(names) if name in other]
         self._tokens: tuple[Tensor, Tensor] | None = None
-        if own != other and _patches(student):
-            patches = torch.arange(_patches(student))
+        if own != other:
+            # of the images that run: they may have more patches than those that the model is made for
+            patches = torch.arange(student.shapes[0][0] - len(own))
             in_teacher = torch.tensor([other.index(names[row]) for row in shared], dtype=torch.int64)
             in_student = torch.tensor(shared, dtype=torch.int64)
             self._tokens = torch.cat([in_teacher, len(other) + patches]), torch.cat([in_student, len(own) + patches])
@@ -81,9 +83,3 @@ def _tokens(model: nn.Module) -> list[tuple[str, int]]:
     """List the tokens before the patches, in the order in which they run: ("reg_token", 2) is the third register."""
     tensors = dict(model.named_parameters())
     return [(token, row) for token in TOKENS if token in tensors for row in range(tensors[token].shape[1])]
-
-
-def _patches(model: nn.Module) -> int:
-    """Count the patches of one image; 0 for a model without a fixed grid."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    return math.prod(grid) if grid else 0

@@ -10,6 +10,7 @@ from selection.activations.trace import Call, Write
 
 NEGLIGIBLE = 1e-10  # of the largest eigenvalue: directions in which the inputs do not vary
 SMALL_SCALE = 1e-3  # of the largest: a channel scaled by less keeps its weights, which would only fit noise
+LEAST_VARIANCE = 1e-3  # of the running variance: a batch norm's input that varies less counts as constant
 
 
 class Regression:
@@ -43,7 +44,7 @@ class Regression:
         residual = next(self._targets) - behind[arrives]
         if scale:
             factor = scale[0][arrives]
-            fits = factor.abs() >= SMALL_SCALE * factor.abs().max()
+            fits = (factor.abs() >= SMALL_SCALE * factor.abs().max()) & (factor != 0)
             residual = torch.where(fits, residual / factor, 0.0)
         self._add(call, chosen[arrives], residual)
         self._student.stop()
@@ -74,8 +75,10 @@ class Regression:
         )
         mean_key, variance_key = self._fit.key, self._fit.key.removesuffix("mean") + "var"
         _increase(tensors[mean_key], mean - teacher_mean)
-        ratio = torch.where(teacher_variance > 0, variance / teacher_variance, 1.0)
-        tensors[variance_key].copy_(tensors[variance_key] * ratio)
+        floor = LEAST_VARIANCE * tensors[variance_key].double()
+        ratio = (variance + floor) / (teacher_variance + floor)
+        # what hardly varies on these images says nothing of the variance on others
+        tensors[variance_key].copy_(tensors[variance_key] * torch.where(teacher_variance > floor, ratio, 1.0))
 
 
 def _increase(tensor: Tensor, by: Tensor) -> None:

@@ -9,6 +9,7 @@ from selection.activations.segments import IMAGES, Segments
 from selection.activations.trace import Call, Trace
 from selection.family import Family
 from selection.plan import Axis, Outline
+from utils import UserError
 
 SCORED_IMAGES = 128  # scores differ little with more, and each costs a pass of the teacher
 
@@ -28,20 +29,17 @@ def activation_scores(
     by its mean square there; by "coverage", by its turn in a greedy choice of the channels that best explain all of
     them linearly; by "magnitude_energy", by `magnitudes`. So do groups that no layer reads.
     """
+    local = _local_groups(outline, family)
     reads = {
         (key, source.key): source.axes[1]
         for key, source in outline.sources.items()
         if source.key and len(source.axes) > 1 and source.axes[1]
     }
-    whole = {
-        own
-        for (key, own), axis in reads.items()
-        if len(axis) > 1 or (rule == "coverage" and not _is_local(str(axis[0]), key, family))
-    }
+    whole = {own for (_, own), axis in reads.items() if len(axis) > 1 or (rule == "coverage" and axis[0] not in local)}
     moments = _moments(teacher, images, {own for _, own in reads}, whole)
     tensors, scores = teacher.model.state_dict(), {}
     stream: dict[str, Tensor] = {}
-    for (key, own), axis in reads.items():
+    for (_, own), axis in reads.items():
         moment = moments.get(own)
         if moment is None:
             continue
@@ -49,7 +47,7 @@ def activation_scores(
             if not isinstance(group, str):
                 continue
             labels = _labels(axis, place, outline, len(moment))
-            if _is_local(group, key, family):
+            if group in local:
                 energy = _energy_written(_with_scale(tensors, own, family), moment, labels)
                 scores[group] = scores.get(group, 0.0) + energy.numpy()
             else:
@@ -68,7 +66,9 @@ def _moments(teacher: Segments, images: Calibration, keys: set[str], whole: set[
     for batch in images.batches()[: -(-SCORED_IMAGES // BATCH)]:
         if not batch.held_out:
             with Trace(teacher, moments, follow=()):
-                teacher.run(images.read(batch.images), IMAGES, None)
+                output = teacher.run(images.read(batch.images), IMAGES, None)
+            if not all(each.isfinite().all() for each in (output, *moments.sums.values())):
+                raise UserError("the teacher's activations are not finite for these images")
     return moments.sums
 
 
@@ -94,10 +94,13 @@ def _diagonal(moment: Tensor) -> Tensor:
     return moment if moment.ndim == 1 else moment.diagonal()
 
 
-def _is_local(group: str, key: str, family: Family) -> bool:
-    """Tell whether a group belongs to the block, or the pooling, of the tensor that reads it, and not to the stream."""
-    block = family.block_of(key)
-    return group.startswith(block) if block else key.startswith(group.rpartition(".")[0] + ".")
+def _local_groups(outline: Outline, family: Family) -> set[str]:
+    """List the groups whose tensors all lie in one block, or all outside: hidden units and heads, not the stream."""
+    blocks: dict[str | int, set[str]] = {}
+    for key, source in outline.sources.items():
+        for factor in {factor for axis in source.axes for factor in axis or ()}:
+            blocks.setdefault(factor, set()).add(family.block_of(key))
+    return {group for group in outline.sizes if len(blocks[group]) == 1}
 
 
 def _labels(axis: Axis, place: int, outline: Outline, channels: int) -> Tensor:

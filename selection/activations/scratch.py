@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import tempfile
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from utils import UserError
 
+log = logging.getLogger(__name__)
+
 BATCH = 32  # images
 
 
@@ -24,13 +27,14 @@ class Scratch:
     def __init__(self, folder: Path, images: range, values: int) -> None:
         """Reserve the space for these images in `folder`. UserError if the disk does not have it."""
         size = 4 * len(images) * values
-        with tempfile.TemporaryFile(dir=folder) as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                needed = f"{size / 2**20:,.0f} MiB are needed for activations"
-                raise UserError(f"{folder}: {needed}: {error.strerror}; see --calibration_images") from error
-            self._values, self._first = np.memmap(file, np.float32, "r+", shape=(len(images), values)), images.start
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                _reserve(file.fileno(), size)
+                self._values = np.memmap(file, np.float32, "r+", shape=(len(images), values))
+        except OSError as error:
+            needed = f"{size / 2**20:,.0f} MiB are needed for images and activations"
+            raise UserError(f"{folder}: {needed}: {error.strerror}; see --calibration_images") from error
+        self._first = images.start
         self.mebibytes = size / 2**20
 
     def read(self, images: slice, shape: tuple[int, ...]) -> Tensor:
@@ -44,6 +48,13 @@ class Scratch:
 
     def _rows(self, images: slice) -> slice:
         return slice(images.start - self._first, images.stop - self._first)
+
+
+def _reserve(file: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:  # macOS: a disk that is full then ends the process
+        os.ftruncate(file, size)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Calibration:
             if start == 0:
                 self.shape = tuple(batch.shape[1:])
                 self._scratch = Scratch(folder, range(count), math.prod(self.shape))
+                log.info("%d images take %.0f MiB in %s", count, self._scratch.mebibytes, folder.resolve())
             self._scratch.write(slice(start, start + len(batch)), batch)
             digest.update(batch.numpy().tobytes())
             start += len(batch)

@@ -105,7 +105,7 @@ class Targets:
 
     def __init__(self, teacher: Segments, student: Segments, plan: Plan, layers: str, own_outputs: bool) -> None:
         """`layers`: see Family. `own_outputs`: also the target of a layer that writes to the stream is its output."""
-        self.alignment = Alignment(teacher.model, student.model, plan)
+        self.alignment = Alignment(teacher, student, plan)
         self._teacher, self._student, self._plan, self._own_outputs = teacher, student, plan, own_outputs
         self._layers = re.compile(layers)
 
