@@ -12,7 +12,6 @@ from torch import nn
 
 import models
 from selection.activations.alignment import Alignment
-from selection.activations.regression import NormalEquations
 from selection.activations.scratch import Calibration
 from selection.activations.segments import IMAGES, Segments
 from selection.activations.targets import Targets
@@ -86,7 +85,7 @@ def images(count, *shape, seed=1, folder):
     return Calibration(values.split(20), count, folder)
 
 
-def refit_linear(teacher, folder, *, ridge, plan=None, given=None):
+def refit_linear(teacher, folder, *, ridge, plan=None, given=None, to_stage_end=False):
     """Refit Linear(4, 3) from a Linear teacher; return it, as selected and refitted, and the report."""
     plan = plan or linear_plan()
     depth = len(plan.layers["blocks"].kept)
@@ -97,9 +96,9 @@ def refit_linear(teacher, folder, *, ridge, plan=None, given=None):
         Segments(model, r"(blocks)\.(\d+)\.", (3, 1, 1), "model")
         for model in (teacher, student, copy.deepcopy(selected))
     ]
-    report = refit(
-        parts[0], tuple(parts[1:]), plan, r"(blocks)\.(\d+)\.", given or images(60, 3, 1, 1, folder=folder), ridge=ridge
-    )
+    given = given or images(60, 3, 1, 1, folder=folder)
+    layers = r"(blocks)\.(\d+)\."
+    report = refit(parts[0], tuple(parts[1:]), plan, layers, given, ridge=ridge, to_stage_end=to_stage_end)
     refitted = Linear(4, 3, depth)
     refitted.load_state_dict(student.state_dict())  # the student itself is cut into segments now
     return selected, refitted, report
@@ -143,6 +142,9 @@ def test_layer_stands_for_those_that_are_left_out_behind_it(tmp_path):
     """Without activations, the blocks 0 and 2 of four can do what all up to block 3 do, if the last stands for it."""
     teacher = redundant_teacher(depth=4)
     plan = linear_plan(((4, [0, 2]),))
+    _, student, _ = refit_linear(copy.deepcopy(teacher), tmp_path, ridge=0.0, plan=plan, to_stage_end=True)
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(student(x), teacher(x)[:, WIDTHS["stream"].kept], rtol=0, atol=1e-5)
     parts = (
         Segments(teacher, r"(blocks)\.(\d+)\.", (3, 1, 1), "m"),
         Segments(Linear(4, 3), r"(blocks)\.(\d+)\.", (3, 1, 1), "m"),
@@ -165,39 +167,6 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_nothing_is_left_in_the_folder(tmp_path):
     refit_linear(redundant_teacher(), tmp_path, ridge=0.01)
     assert list(tmp_path.iterdir()) == []  # the files have no names, so a kill leaves nothing either
-
-
-# ---- the regression ----
-
-
-def test_solution_is_the_textbook_ridge_regression():
-    torch.manual_seed(0)
-    x, r = torch.randn(50, 1, 3, dtype=torch.float64) + 2, torch.randn(50, 1, 2, dtype=torch.float64)
-    equations = NormalEquations()
-    for rows in (slice(0, 20), slice(20, 50)):
-        equations.add(x[rows], r[rows])
-    weight, bias = equations.solve(0.3, centred=True)
-    centred, wanted = x[:, 0] - x[:, 0].mean(0), r[:, 0] - r[:, 0].mean(0)
-    covariance = centred.mT @ centred / 50
-    penalty = 0.3 * covariance.diagonal().mean() * torch.eye(3, dtype=torch.float64)
-    by_hand = torch.linalg.solve(covariance + penalty, centred.mT @ wanted / 50).mT
-    torch.testing.assert_close(weight[0], by_hand)
-    torch.testing.assert_close(bias, r[:, 0].mean(0) - by_hand @ x[:, 0].mean(0))
-
-
-def test_without_a_bias_nothing_is_centred():
-    equations = NormalEquations()
-    equations.add(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[2.0]], [[6.0]]]))
-    weight, bias = equations.solve(0.0, centred=False)
-    assert weight.item() == pytest.approx(2) and bias.item() == 0
-
-
-def test_directions_without_variance_are_dropped():
-    equations = NormalEquations()
-    x = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.0, 0.0]]).unsqueeze(1)  # equal channels, a zero one
-    equations.add(x, 2 * x[..., :1])
-    weight, _ = equations.solve(0.0, centred=True)
-    torch.testing.assert_close(weight[0, 0], torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
 
 
 # ---- timm's models ----

@@ -60,6 +60,9 @@ class Regression:
             self._renew(tensors)
             return
         weight, bias = self._equations.solve(ridge, centred=bool(self._call.bias))
+        fixed = [key not in tensors for key, size in self._call.bias for _ in range(size)]
+        if any(fixed):  # Eva's keys have no bias that can be fitted, its queries and values do
+            weight[:, fixed] = self._equations.solve(ridge, centred=False)[0][:, fixed]
         _increase(tensors[self._fit.key], weight)
         parts = bias.split([size for _, size in self._call.bias]) if self._call.bias else ()
         for (key, _), part in zip(self._call.bias, parts, strict=True):
