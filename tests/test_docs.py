@@ -22,8 +22,7 @@ import engine
 import main as script
 import models
 import weight_selection
-from options import selection_options, training_defaults, training_options
-from training.checkpoint import save_checkpoint
+from options import selection_options, training_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -56,9 +55,18 @@ IN_TABLES = [
 ]
 PUBLISHED = [words for words in SELECTIONS if {"vit_small_patch16_224_in21k", "convnext_tiny_in22k"} & set(words)]
 PLANS = [words for words in SELECTIONS if "--plan" in words]
-PAIRS = [words for words in SELECTIONS if words not in PUBLISHED + PLANS] + IN_TABLES
-TRAININGS = calls("main.py", "docs/recipes.md")
+PAIRS = [words for words in SELECTIONS if words not in PUBLISHED + PLANS and "--refit" not in words] + IN_TABLES
+TUNED = "/path/to/results/vit_small_images/"  # each command of the chain names it
+TUNE, DISTIL = (words for words in calls("main.py", "docs/recipes.md") if TUNED in words)
+(CUT,) = calls("weight_selection.py", "docs/recipes.md")
+REFITS = [words for words in calls("weight_selection.py", *PAGES) if "--refit" in words and words != CUT]
+TRAININGS = [words for words in calls("main.py", "docs/recipes.md") if TUNED not in words]
 LAUNCHED = TRAININGS[:4]
+# the commands' teacher and student at a small size, and what makes a selection from one to the other quick
+LARGE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SMALL = LARGE | {"embed_dim": 16, "num_heads": 2}
+LARGE_WORDS, SMALL_WORDS = ([f"{name}={size}" for name, size in each.items()] for each in (LARGE, SMALL))
+QUICK = ["--calibration_images", "16", "--pretrained_kwargs", *LARGE_WORDS, "--student_kwargs", *SMALL_WORDS]
 
 
 def placed(words, places):
@@ -124,18 +132,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """A run of the ViT-S that the pages distill from, with random values, and the file of timm's model."""
-    root = tmp_path_factory.mktemp("teachers")
+def dinov2(tmp_path_factory):
+    """The folder of a file of the weights that the pages distill from, all zero."""
+    root = tmp_path_factory.mktemp("teacher")
     write_zeros(models.create("vit_small_patch14_dinov2.lvd142m", {}, device="meta"), root / "teacher.safetensors")
-    torch.manual_seed(0)
-    weights = models.create("vit_small", {"num_classes": 100, "img_size": 224}).state_dict()
-    options = training_defaults() | {"model": "vit_small"}
-    state = {"epoch": 0, "step": 1, "model": weights, "options": options, "processes": 1, "precision": "float32"}
-    state |= {"data": {"classes": [f"class {i}" for i in range(100)]}}
-    state |= {name: {} for name in ("optimizer", "scaler", "metrics", "best")}
-    (root / "vit_small_cifar100").mkdir()
-    save_checkpoint(root / "vit_small_cifar100" / "checkpoint-best.pth", state)
     return root
 
 
@@ -209,8 +209,8 @@ def _without(words, option):
 
 # one baseline is enough: all four differ from their commands in the same way
 @pytest.mark.parametrize("words", [*TRAININGS, _without(TRAININGS[0], "--initialize")])
-def test_training_reaches_its_first_optimizer_step(words, selected, data, teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: teachers / "teacher.safetensors")
+def test_training_reaches_its_first_optimizer_step(words, selected, data, dinov2, tmp_path, monkeypatch):
+    monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: dinov2 / "teacher.safetensors")
     if words in TRAININGS[4:6]:
         words = [*words, "--batch_size", "16"]  # 512 images at once are for a GPU
     monkeypatch.setattr(torchvision.datasets.utils, "check_integrity", lambda *_: True)
@@ -237,12 +237,41 @@ def test_training_reaches_its_first_optimizer_step(words, selected, data, teache
                 "/path/to/data": data / "cifar",
                 "/path/to/imagenet": data / "imagenet",
                 "/path/to/images": data / "imagenet",
-                "/path/to/results/vit_small_cifar100": teachers / "vit_small_cifar100",
                 "/path/to/results": tmp_path,
             }
             script.main([*placed(words, places), "--num_workers", "2", "--device", "cpu"])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_chain_of_fine_tuning_refit_and_distillation_runs(image_folder, tmp_path):
+    quick = ["--input_size", "32", "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "8"]
+    quick += ["--num_workers", "0", "--device", "cpu", "--model_kwargs"]
+    places = {
+        "/path/to/images": image_folder,
+        "/path/to/vit_small": tmp_path / "pretrained",
+        "/path/to/weight_selection": tmp_path,
+        "/path/to/results": tmp_path / "results",
+    }
+    tune, cut, distil = (placed(words, places) for words in (TUNE, CUT, DISTIL))
+    safetensors.torch.save_file(models.create("vit_small", LARGE).state_dict(), tmp_path / "pretrained.safetensors")
+    script.main([*tune, *quick, *LARGE_WORDS])
+    assert weight_selection.main([*cut, *QUICK]) == Path(options_of(distil)["--initialize"])
+    script.main([*distil, *quick, *SMALL_WORDS])
+    (line,) = (tmp_path / "results" / "vit_tiny_images" / "log.txt").read_text().splitlines()
+    assert json.loads(line)["train_distillation_loss"] > 0
+
+
+@pytest.mark.parametrize("words", REFITS)
+def test_refits_run(words, image_folder, tmp_path, monkeypatch):
+    teacher = models.create(options_of(words)["--pretrained_model"], LARGE)
+    safetensors.torch.save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: tmp_path / "teacher.safetensors")
+    (tmp_path / "out").mkdir()
+    places = {"/path/to/weight_selection": tmp_path / "out", "/path/to/images": image_folder}
+    written = weight_selection.main([*placed(words, places), *QUICK])
+    refit = json.loads(written.with_suffix(".json").read_text())["refit"]
+    assert (refit["images"], refit["left_as_selected"]) == (16, {})
 
 
 def test_comparison_runs(tiny_run, tmp_path, monkeypatch):
