@@ -106,10 +106,11 @@ def select_weights(
     plan = choose(outline, choices, _scores(outline, choices.element_selection, weights, running))
     tensors = {} if plan_only else select(weights, plan)
     check_finite(tensors, pretrained_path or teacher.name)
-    about = {"calibration": on_images.images.about | {"teacher_rebuilt_with": running.regridded}} if running else {}
+    about = {"calibration": running.about} if running else {}
     if running and tensors and on_images.ridge is not None:
         spread = choices.layer_selection == "uniform"
-        tensors, about["refit"] = running.refit(student, tensors, plan, on_images.ridge, to_stage_end=spread)
+        tensors, refit = running.refit(student, tensors, plan, on_images.ridge, to_stage_end=spread)
+        about = {"refit": refit}
         check_finite(tensors, f"the refitted {student.name}")
     return tensors, {
         "family": family,
@@ -206,7 +207,6 @@ def main(argv: list[str] | None = None) -> Path | None:
         on_images=on_images,
     )
     _log_remarks(options, description)
-    _log_refit(description.get("refit"))
     if options.plot:
         draw(description, Path(options.plot))
     if options.plan:
@@ -266,17 +266,6 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
             log.warning("--%s has no effect without --refit true or a rule by activation", name)
     if options.plan and options.output_dir:
         log.warning("--output_dir has no effect with --plan: nothing is written there")
-
-
-def _log_refit(refit: dict | None) -> None:
-    """Log how many layers were refitted and how near the student is to its teacher."""
-    if refit is None:
-        return
-    left = ", ".join(f"{key} ({reason})" for key, reason in refit["left_as_selected"].items()) or "none"
-    count = refit["refitted"] + len(refit["left_as_selected"])
-    log.info("%d of %d layers refitted; left as selected: %s", refit["refitted"], count, left)
-    shares = [100 * list(each["explained_variance"].values())[-1] for each in (refit["selected"], refit)]
-    log.info("the student explains %.1f %% of the teacher's last stream as selected, %.1f %% refitted", *shares)
 
 
 def _output_path(output_dir: str, family: str) -> Path:

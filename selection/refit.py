@@ -21,7 +21,7 @@ from selection.activations.alignment import Alignment
 from selection.activations.regression import Regression
 from selection.activations.scratch import Batch, Calibration, Scratch
 from selection.activations.segments import IMAGES, Segments
-from selection.activations.targets import Fit, KeepTargets, Outline, Targets
+from selection.activations.targets import Fit, KeepTargets, Seen, Targets
 from selection.activations.trace import Trace
 from selection.plan import Plan
 from utils import UserError
@@ -73,9 +73,9 @@ def refit(
     ends = [*targets.ends(to_stage_end), None]  # None: the model's own output
     for block, end in enumerate(tqdm(ends, "refit", unit="block", disable=not sys.stderr.isatty(), leave=False)):
         last = None if end is None else block
-        outline = walk.outline(students[0], block - 1, last)
-        stream = targets.stream(outline)
-        fits, left = targets.fits(outline, walk.outline(teacher, after, end), stream, end)
+        seen = walk.see(students[0], block - 1, last)
+        stream = targets.stream(seen)
+        fits, left = targets.fits(seen, walk.see(teacher, after, end), stream, end)
         if math.isinf(ridge):
             fits, left = [], left | {fit.key: "the ridge is inf" for fit in fits}
         walk.run_teacher(fits, after, end)
@@ -113,9 +113,9 @@ class _Walk:
     def _held_out(self) -> list[Batch]:
         return [batch for batch in self._images.batches() if batch.held_out]
 
-    def outline(self, model: Segments, after: int, last: int | None) -> Outline:
+    def see(self, model: Segments, after: int, last: int | None) -> Seen:
         """See which layers a part of a model runs."""
-        return Outline.of(model, self._read(model, slice(0, 1), after), after, last)
+        return Seen.of(model, self._read(model, slice(0, 1), after), after, last)
 
     def advance(self, model: Segments, after: int, last: int, *, only_held_out: bool) -> None:
         """Run a part of a model for the images and keep its outputs."""

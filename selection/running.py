@@ -1,5 +1,7 @@
 """A teacher and a student that run, side by side on the same images: with the same grid of patches, in float32."""
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
@@ -16,11 +18,13 @@ from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import Outline, Plan, choose
-from selection.refit import refit
+from selection.refit import Report, refit
 from selection.rules import Choices
 from selection.tensors import select
 from utils import UserError
 from weightfiles.lazy import Weights
+
+log = logging.getLogger(__name__)
 
 
 class Running:
@@ -51,6 +55,7 @@ class Running:
             choices = Choices(heads="keep")
             tensors = {key: weights[key] for key in weights if key.startswith(head)}
             tensors |= select(weights, choose(match(self._family, *layouts, choices), choices))
+        self.about = images.about | {"teacher_rebuilt_with": self.regridded}
         spec = replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
         self._teacher = self._segments(spec, tensors, "teacher")
 
@@ -68,13 +73,30 @@ class Running:
         students = tuple(self._segments(student, tensors, "student") for _ in range(2))
         layers = self._family.layers
         report = refit(self._teacher, students, plan, layers, self._images, ridge=ridge, to_stage_end=to_stage_end)
+        _log(report)
         after, before = (each.model.state_dict() for each in students)
         changed = {
             key: after[key].to(tensors[key].dtype) for key in tensors if not torch.equal(before[key], after[key])
         }
-        about = {"ridge": ridge, "refitted": len(report.refitted), "left_as_selected": report.left}
+        about = {
+            "ridge": "inf" if math.isinf(ridge) else ridge,
+            "refitted": len(report.refitted),
+            "left_as_selected": report.left,
+        }
         about |= asdict(report.closeness) | {"selected": asdict(report.selected)}
-        return {**tensors, **changed}, self._images.about | about
+        return {**tensors, **changed}, self.about | about
+
+
+def _log(report: Report) -> None:
+    """Say how many layers were refitted, and how near the student is to its teacher."""
+    left = ", ".join(f"{key} ({reason})" for key, reason in report.left.items()) or "none"
+    count = len(report.refitted) + len(report.left)
+    log.info("%d of %d layers refitted; left as selected: %s", len(report.refitted), count, left)
+    before, after = (list(each.explained_variance.values())[-1] for each in (report.selected, report.closeness))
+    text = "the student explains %.1f %% of the teacher's last stream as selected, %.1f %% refitted"
+    log.info(text, 100 * before, 100 * after)
+    if after < before:
+        log.warning("the refit followed the noise of too few images: raise --calibration_images or --ridge")
 
 
 def _grid(model: nn.Module) -> dict[str, int | tuple[int, int]]:

@@ -149,7 +149,7 @@ def coverage(moment: Tensor) -> np.ndarray:
     Each turn takes the channel that explains most of what those before it leave of all channels.
     """
     left, score = moment.double().clone(), np.zeros(len(moment))
-    smallest = 1e-10 * left.diagonal().max()
+    smallest = 1e-6 * left.diagonal().max()
     for turn in range(len(moment)):
         own = left.diagonal()
         gains = torch.where(own > smallest, left.square().sum(0) / own, -1.0)

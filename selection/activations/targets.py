@@ -76,7 +76,7 @@ def moments(values: Tensor) -> Tensor:
 
 
 @dataclass
-class Outline:
+class Seen:
     """The layers that a part of a model runs, in order, and which addition to the stream each writes to."""
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -84,12 +84,12 @@ class Outline:
     writes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Segments, stream: Tensor, after: int, last: int | None) -> "Outline":
+    def of(cls, model: Segments, stream: Tensor, after: int, last: int | None) -> "Seen":
         """Run the part behind block `after` up to block `last` for the `stream` of one image."""
-        outline = cls()
-        with Trace(model, outline):
+        seen = cls()
+        with Trace(model, seen):
             model.run(stream, after, last)
-        return outline
+        return seen
 
     def ran(self, call: Call) -> None:
         if call.key in self.calls:
@@ -123,9 +123,7 @@ class Targets:
             ends.append(self._teacher.blocks.index(f"{stage}.{kept[int(number) + 1] - 1}"))
         return ends
 
-    def fits(
-        self, student: Outline, teacher: Outline, stream: Tensor, end: int | None
-    ) -> tuple[list[Fit], dict[str, str]]:
+    def fits(self, student: Seen, teacher: Seen, stream: Tensor, end: int | None) -> tuple[list[Fit], dict[str, str]]:
         """List what can be refitted, in order, and why the rest cannot. `end` is the teacher's last block, None if none."""
         fits, left = [], {}
         for key in student.calls:
@@ -137,7 +135,7 @@ class Targets:
                     left[key] = fit
         return fits, left
 
-    def _fit(self, key: str, student: Outline, teacher: Outline, stream: Tensor, end: int | None) -> Fit | str:
+    def _fit(self, key: str, student: Seen, teacher: Seen, stream: Tensor, end: int | None) -> Fit | str:
         source, call = self._plan.sources[key], student.calls[key]
         teacher_key = self._counterpart(key, student, teacher, end)
         if source.key is None or teacher_key not in teacher.calls:
@@ -159,7 +157,7 @@ class Targets:
         fold = fold if fold is None or channels is None else fold[channels]
         return Fit(key, call.kind, teacher_key, rows, writes, fold, call.unknowns)
 
-    def _counterpart(self, key: str, student: Outline, teacher: Outline, end: int | None) -> str | None:
+    def _counterpart(self, key: str, student: Seen, teacher: Seen, end: int | None) -> str | None:
         """Name the teacher's layer whose values a student's layer should give.
 
         The last write of a block stands for those of the blocks that are left out behind it.
@@ -170,7 +168,7 @@ class Targets:
         later = self._layers.sub(f"{self._teacher.blocks[end]}.", own, count=1)
         return later if later in teacher.writes else own
 
-    def stream(self, student: Outline) -> Tensor:
+    def stream(self, student: Seen) -> Tensor:
         """Find the teacher's channels that a part of the student keeps of the stream, int64 [its width].
 
         They are the outputs of its last layer that writes channels of no group of its own block.
