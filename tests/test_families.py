@@ -36,9 +36,9 @@ import models
 from models import ModelSpec
 from options import SELECTION_FAMILIES
 from selection.families import FAMILIES
-from selection.plan import Group
+from selection.plan import Group, choose
 from selection.rules import Choices
-from weight_selection import make_plan, select_weights
+from weight_selection import make_outline, select_weights
 
 VITS, EVAS, CONVNEXTS, MIXERS = (VIT, SMALL_VIT), (EVA, SMALL_EVA), (CONVNEXT, SMALL_CONVNEXT), (MIXER, SMALL_MIXER)
 DINOV2, DINOV3, ATTO = "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "convnext_atto"
@@ -140,7 +140,8 @@ def test_shuffled_groups_leave_the_outputs_as_they_were(kind):
     model = models.create(name, kwargs)
     tensors = random_tensors(model)
     expected = outputs(name, kwargs, tensors)
-    plan = make_plan(model, model, Choices(heads="keep"), include_head=True, weights=None)
+    choices = Choices(heads="keep")
+    plan = choose(make_outline(model, model, choices, include_head=True, weights=None), choices)
     assert not plan.notes and not any(source.steps for source in plan.sources.values())
     generator = np.random.default_rng(0)
     orders = {group: shuffled(plan.groups[group], generator) for group in plan.groups}
