@@ -3,6 +3,7 @@
 import collections
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,9 +106,10 @@ def test_erasing_is_distributed_as_timms(size, reprob, recount):
     random.seed(2)
     count = 3000
     white = torch.full((count, 3, size, size), 255, dtype=torch.uint8)
-    view, augmentation, _ = settings("--input_size", str(size), "--aa", "none", "--color_jitter", "0")
+    _, augmentation, _ = settings("--aa", "none", "--color_jitter", "0")
+    plain = SimpleNamespace(input_size=size, mean=(0, 0, 0), std=(1, 1, 1))
     erases = replace(augmentation, reprob=reprob, recount=recount, remode="const")
-    augment = DeviceAugment(replace(view, mean=(0, 0, 0), std=(1, 1, 1)), erases, "cpu")
+    augment = DeviceAugment(plain, erases, "cpu")
     erasing = RandomErasing(reprob, max_count=recount, device="cpu")
     expected = torch.stack([erasing(torch.ones(3, size, size))[0] for _ in range(count)])
     pair = [erased_sizes(augment(white, 0, np.arange(count), (0, 0), None)[:, 0]), erased_sizes(expected)]
