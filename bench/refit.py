@@ -90,6 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         if options.one:
             print(json.dumps(measure(options.one[0], int(options.one[1]), folder.resolve())))
             return
