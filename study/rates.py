@@ -3,7 +3,7 @@
     python -m study.rates results/study-refit
 
 writes rates.md there and prints it. An arm's rate is the best of those that were tried with one seed, which is not
-reported otherwise. Arms whose rate is not known yet are left out.
+reported otherwise. Arms without another seed yet are listed with their rates alone.
 """
 
 import argparse
@@ -51,8 +51,7 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
         ends = {rate: run.last for rate, run in tried if run.seed == RATE_SEED}
         best = max(ends, key=ends.get) if ends else ""
         chosen = [run for rate, run in tried if rate == best and run.seed != RATE_SEED]
-        if chosen:
-            sections[section][arm] = Tried(best, chosen, ends)
+        sections[section][arm] = Tried(best, chosen, ends)
     return sections, teachers
 
 
@@ -87,8 +86,8 @@ def rows_of(section: str, arms: Section, teachers: dict[str, FinishedRun]) -> li
     """Return the cells of a section's table, the best arm last."""
     baseline = arms[BASELINE].runs
     goal = compare.spread([run.last for run in baseline])["mean"]
-    rows = []
-    for arm, tried in sorted(arms.items(), key=lambda item: sum(run.last for run in item[1].runs) / len(item[1].runs)):
+    rows, ready = [], {arm: tried for arm, tried in arms.items() if tried.runs}
+    for arm, tried in sorted(ready.items(), key=lambda item: sum(run.last for run in item[1].runs) / len(item[1].runs)):
         runs = sorted(tried.runs, key=lambda run: run.seed)
         means = {epoch: sum(run.values[epoch] for run in runs) / len(runs) for epoch in sorted(runs[0].values)}
         reached = next((str(epoch + 1) for epoch, mean in means.items() if mean >= goal), "never")
@@ -110,7 +109,7 @@ def rows_of(section: str, arms: Section, teachers: dict[str, FinishedRun]) -> li
 
 def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
     """Return the cell of the difference to another arm, paired by seed; "" to itself."""
-    if other is None or runs[0] in other.runs:
+    if other is None or not other.runs or runs[0] in other.runs:
         return ""
     ends = {run.seed: run.last for run in other.runs}
     return compare.cell(compare.spread([run.last - ends[run.seed] for run in runs if run.seed in ends]), 1, sign="+")
@@ -121,7 +120,7 @@ def report(root: Path) -> str:
     sections, teachers = read_sections(root)
     lines = []
     for section, arms in sections.items():
-        if BASELINE not in arms:
+        if BASELINE not in arms or not arms[BASELINE].runs:
             raise UserError(f"{root}/{section}: no runs from random init to compare with")
         heads = ["start", "rate", "n", "after 1 epoch", "at the end", "over random init", "over weight selection"]
         table = [[*heads, "reaches random init's end in epoch", "cost"], ["---", *["---:"] * 8]]
@@ -130,7 +129,8 @@ def report(root: Path) -> str:
         rates = sorted({rate for tried in arms.values() for rate in tried.ends}, key=float)
         table = [["start", *rates], ["---", *["---:"] * len(rates)]]
         table += [
-            [ARMS[arm].title, *(f"{tried.ends.get(rate, 0):.1f}" for rate in rates)] for arm, tried in arms.items()
+            [ARMS[arm].title, *(f"{tried.ends[rate]:.1f}" if rate in tried.ends else "" for rate in rates)]
+            for arm, tried in arms.items()
         ]
         lines += [f"### Rates, seed {RATE_SEED}", "", *compare.markdown(table), ""]
     return "\n".join(lines)
