@@ -5,7 +5,6 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 
 import argparse
 import re
-from collections.abc import Callable
 
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
@@ -119,7 +118,11 @@ def needs_images(options: argparse.Namespace) -> bool:
 def given_in_vain(options: argparse.Namespace) -> list[str]:
     """Return the options about images that differ from their defaults, for a run of weight_selection.py without images."""
     names = "ridge data_set data_path calibration_images input_size imagenet_default_mean_and_std".split()
-    parser = _selection_parser()
+    return _changed(options, names, _selection_parser())
+
+
+def _changed(options: argparse.Namespace, names: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return those of `names` whose values are not the parser's defaults."""
     return [name for name in names if getattr(options, name) != parser.get_default(name)]
 
 
@@ -127,7 +130,7 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the validated options of main.py; end the process with code 2 on a usage error."""
     parser = _training_parser()
     options = parser.parse_args(argv)
-    problem = _first_conflict(options, parser.get_default)
+    problem = _first_conflict(options, parser)
     if problem:
         parser.error(problem)
     return options
@@ -207,11 +210,11 @@ def _selection_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first_conflict(options: argparse.Namespace, default: Callable[[str], object]) -> str | None:
+def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
     """Return a message about the first contradiction among the options; None if there is none."""
     o, mixing = options, mixes(options)
     of_teacher = [name for name in vars(o) if name.startswith(("teacher_", "distillation_"))]
-    idle = next((f"--{name} {getattr(o, name)}" for name in of_teacher if getattr(o, name) != default(name)), None)
+    idle = next((f"--{name} {getattr(o, name)}" for name in _changed(o, of_teacher, parser)), None)
     named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
     checks = [
         (named_set, f"--data_set {o.data_set} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME"),

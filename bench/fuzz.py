@@ -82,10 +82,10 @@ def judge(sample: Sample, path: Path, fitting: bool, root: Path) -> tuple[str, s
     """Read a mutant with every reader of its kind; how it ended, and the line or the reason."""
     outcome, said = "refused", ""
     for reader in sample.readers:
-        found, fault, before = None, "", listing(root)
+        tensors, fault, before = None, "", listing(root)
         SEEN.clear()
         try:
-            found = dict(reader(path))
+            tensors = dict(reader(path))
         except UserError as error:
             said = str(error)
             if not said.isprintable() or len(said) > LONGEST_LINE:
@@ -99,15 +99,15 @@ def judge(sample: Sample, path: Path, fitting: bool, root: Path) -> tuple[str, s
             fault = f"it did more than read: {'; '.join(SEEN[:3])}"
         elif changed := listing(root) ^ before:
             fault = f"files appeared or are gone: {sorted(changed)[:3]}"
-        elif found is not None:
-            outcome, fault = "loaded", fault_of_tensors(found, reader, sample, path, fitting)
+        elif tensors is not None:
+            outcome, fault = "loaded", fault_of_tensors(tensors, reader, sample, path, fitting)
         if fault:
             return "failed", f"{reader.__name__}: {fault}"
     return outcome, said
 
 
-def fault_of_tensors(found: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
-    """How the tensors that a reader found differ from what they must be, bit for bit, or ""."""
+def fault_of_tensors(tensors: Tensors, reader: Callable, sample: Sample, path: Path, fitting: bool) -> str:
+    """How the tensors that a reader returned differ from what they must be, bit for bit, or ""."""
     try:
         expected = sample.intact if sample.intact and not fitting else sample.reference(path)
         if reader is select:  # from a file that is surely what it says
@@ -116,7 +116,7 @@ def fault_of_tensors(found: Tensors, reader: Callable, sample: Sample, path: Pat
             expected = select(Path("whole.safetensors"))
     except Exception as error:
         return f"the library finds no tensors: {error!r}"[:300]
-    mine, theirs = described(found), described(expected)
+    mine, theirs = described(tensors), described(expected)
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     return f"not the tensors of the file: {differing[:3]}" if differing else ""
 

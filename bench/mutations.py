@@ -77,8 +77,8 @@ ARRAY += [b"(%d,)" % HUGE, b"(9**9**9,)", b"(" * 150 + b")" * 150, b"-" * 9000 +
 
 def change_text(chance: Chance, content: bytes, new: list[bytes]) -> bytes:
     """Replace, insert, repeat, or lose a value, a key, or a bracket."""
-    found = [[match.span() for match in re.finditer(words, content)] for words in WORDS]
-    return replace(chance, content, chance.choice([spans for spans in found if spans]), new)
+    spans = [[match.span() for match in re.finditer(words, content)] for words in WORDS]
+    return replace(chance, content, chance.choice([of_words for of_words in spans if of_words]), new)
 
 
 def change_json(chance: Chance, content: bytes) -> bytes:
@@ -141,7 +141,7 @@ def change_parts(chance: Chance, content: bytes) -> bytes:
 def change_record(chance: Chance, content: bytes) -> bytes:
     """Change a number in an archive's directory, in the header of a part, or at the end."""
     signature, length = chance.choice(((b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22)))
-    start = chance.choice([found.start() for found in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
+    start = chance.choice([match.start() for match in re.finditer(signature, content)]) + chance.randrange(4, length, 2)
     number = struct.pack("<q", chance.choice((*NUMBERS, chance.getrandbits(32))))[: chance.choice((2, 4))]
     return content[:start] + number + content[start + len(number) :]
 
@@ -217,11 +217,11 @@ NEW = [*map(push, (*NUMBERS, None, True, "1")), b"h\1", b"h\7", b"0"]  # in the 
 
 def pickles(content: bytes) -> list[list[Span]]:
     """The opcodes of each of the pickles that the content begins with."""
-    file, found = io.BytesIO(content), []
+    file, spans = io.BytesIO(content), []
     while content.startswith(b"\x80\2", file.tell()):
         starts = [start for _, _, start in pickletools.genops(file)]
-        found.append(list(itertools.pairwise((*starts, file.tell()))))
-    return found
+        spans.append(list(itertools.pairwise((*starts, file.tell()))))
+    return spans
 
 
 def change_pickle(chance: Chance, content: bytes) -> bytes:
@@ -231,8 +231,8 @@ def change_pickle(chance: Chance, content: bytes) -> bytes:
         at = next(index for index, part in enumerate(parts) if part.name.endswith("/data.pkl"))
         parts[at] = parts[at]._replace(content=change_pickle(chance, parts[at].content))
         return pack(parts)
-    found = pickles(content)  # five in the old format: a number, a version, sizes, the tensors, the storages' keys
-    (_, start), *spans, (end, _) = chance.choice([*found, *found[-2:]])
+    parts = pickles(content)  # five in the old format: a number, a version, sizes, the tensors, the storages' keys
+    (_, start), *spans, (end, _) = chance.choice([*parts, *parts[-2:]])
     numbers = [span for span in spans if content[span[0]] in b"KMJhj"]  # and references to earlier objects
     hostile = chance.choice(chance.choice((RUN_CODE, HOSTILE, HOSTILE)))
     key = push(chance.choice(("extra.weight", "pos_embed", "cls_token", "model")))

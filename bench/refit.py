@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 from bench.selection import PAIRS, ROOT, hardware, make_teacher, sampled
 
@@ -45,21 +46,18 @@ def measure(name: str, images: int, folder: Path) -> dict[str, float]:
     pair = PAIRS[name]
     make_teacher(pair, folder / pair.file)
     make_images(folder / "images", images)
-    disk = []
-    reserve = scratch.Scratch.__init__
-
-    def counting(self, *args) -> None:
-        reserve(self, *args)
-        disk.append(self.mebibytes)
-
-    scratch.Scratch.__init__ = counting
     argv = f"--pretrained_model {pair.teacher} --pretrained_path {folder / pair.file} --student_model {pair.student}"
     argv += f" --refit true --data_path {folder / 'images'} --calibration_images {images}"
     gc.freeze()
     measured = {"pair": name, "images": images}
-    with tempfile.TemporaryDirectory(dir=folder) as output, contextlib.redirect_stdout(sys.stderr), sampled(measured):
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as output,
+        contextlib.redirect_stdout(sys.stderr),
+        mock.patch.object(scratch, "_reserve", wraps=scratch._reserve) as reserve,
+        sampled(measured),
+    ):
         weight_selection.main([*argv.split(), "--output_dir", output])
-    return measured | {"disk_mib": sum(disk)}
+    return measured | {"disk_mib": sum(size for (_, size), _ in reserve.call_args_list) / 2**20}
 
 
 def report(results: list[dict]) -> str:

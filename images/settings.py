@@ -4,13 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
+from models import MEAN_AND_STD
 from options import Settings
 
 
@@ -25,11 +20,11 @@ class View(Settings):
     @property
     def mean(self) -> Sequence[float]:
         """Per channel, of levels in [0, 1]."""
-        return IMAGENET_DEFAULT_MEAN if self.imagenet_default_mean_and_std else IMAGENET_INCEPTION_MEAN
+        return MEAN_AND_STD[self.imagenet_default_mean_and_std][0]
 
     @property
     def std(self) -> Sequence[float]:
-        return IMAGENET_DEFAULT_STD if self.imagenet_default_mean_and_std else IMAGENET_INCEPTION_STD
+        return MEAN_AND_STD[self.imagenet_default_mean_and_std][1]
 
 
 @dataclass(frozen=True)

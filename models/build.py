@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 
 import timm
 import torch
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.models import get_deprecated_models, is_model, list_models, list_pretrained
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -23,6 +29,11 @@ VARIANTS = {
         f"convnext_{size}": (f"convnext_{size}", {"conv_mlp": False})
         for size in ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "xlarge")
     },
+}
+# by --imagenet_default_mean_and_std: mean and std per channel, of levels in [0, 1], by which images are normalized
+MEAN_AND_STD = {
+    True: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    False: (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
 }
 # arguments of timm's factory that load weights or place the model: only weightfiles/ may read a file
 RESERVED = frozenset(

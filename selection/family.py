@@ -1,7 +1,7 @@
 """How to describe a family of models to selection: a table of axis groups, and facts that shapes do not show."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -57,6 +57,15 @@ class Family:
         """Return the beginning of a name that says its block, such as "blocks.3."; "" outside of blocks."""
         block = re.match(self.layers, name)
         return block[0] if block else ""
+
+    def scaled(self, keys: Iterable[str]) -> dict[str, str]:
+        """Find among a model's tensors the projections that a LayerScale follows: projection -> LayerScale."""
+        scales = {}
+        for key in keys:
+            template, match = self.find(self.scales, key)
+            if match:
+                scales[match.expand(template)] = key
+        return scales
 
     def find(self, patterns: Mapping[str, object], key: str):
         """Return the value of the first of `patterns` that matches `key`, and the match; (None, None) without one."""

@@ -142,19 +142,10 @@ class _Matching:
 
     def _folds(self) -> dict[str, str]:
         """Find the student's projections whose LayerScale only the teacher has: projection -> the teacher's LayerScale."""
-        teacher_scales, student_scales = self._scales(self.teacher), self._scales(self.student)
+        teacher_scales, student_scales = (self.family.scaled(each.shapes) for each in (self.teacher, self.student))
         projections = {key.rpartition(".")[0] for key in self.student.shapes} - student_scales.keys()
         in_teacher = {name: self.layers.in_teacher(name) for name in projections}
         return {name: teacher_scales[other] for name, other in in_teacher.items() if other in teacher_scales}
-
-    def _scales(self, layout: Layout) -> dict[str, str]:
-        """Find the projections that a LayerScale follows: projection -> LayerScale."""
-        scales = {}
-        for key in layout.shapes:
-            template, matched = self.family.find(self.family.scales, key)
-            if matched:
-                scales[matched.expand(template)] = key
-        return scales
 
     def _folding_steps(self, key: str) -> list[tuple]:
         """Multiply a projection by the LayerScale that the student lacks, which is exact."""

@@ -78,8 +78,8 @@ def panels(plan: Mapping) -> dict[str, list[Strip]]:
         if kind not in TITLES:
             owner, kind = base, "stream"
         label, layer = tensor or owner or base, None
-        if not tensor and kind != "stream" and (found := re.fullmatch(r"(.+)\.(\d+)(\.\D\w*)?", owner)):
-            label, layer = found[1], int(found[2])
+        if not tensor and kind != "stream" and (layered := re.fullmatch(r"(.+)\.(\d+)(\.\D\w*)?", owner)):
+            label, layer = layered[1], int(layered[2])
         if group["teacher_size"] > 1:  # of one there is nothing to choose
             key = label, group["teacher_size"], tuple(group["indices"])
             layers.setdefault(kind, {}).setdefault(key, []).append(layer)

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class Running:
     """A teacher that runs on images, at its own widths but with the student's grid of patches and windows.
 
-    Tables that belong to another grid are resampled, as the plan resamples the student's. `regridded` holds the
-    constructor's arguments that this changed.
+    Tables that belong to another grid are resampled, as the plan resamples the student's. `about` says for the `.json` which images
+    these are, and which of the constructor's arguments that changed.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Running:
     ) -> None:
         """`teacher` and `student` are the models on any device. `classes`: of the teacher's head; 0: without it."""
         self._family, self._images = FAMILIES[models.family_of(teacher)], images
-        self.regridded = {name: size for name, size in _grid(student).items() if _grid(teacher).get(name, size) != size}
+        regridded = {name: size for name, size in _grid(student).items() if _grid(teacher).get(name, size) != size}
         tensors: Mapping[str, Tensor] = weights
-        if self.regridded:
-            spec = replace(spec, kwargs={**spec.kwargs, **self.regridded})
+        if regridded:
+            spec = replace(spec, kwargs={**spec.kwargs, **regridded})
             head = models.head_prefixes(teacher)
             pair = teacher, models.create(spec.name, spec.kwargs, device="meta")
             layouts = (Layout.of(model, self._family, head) for model in pair)
             choices = Choices(heads="keep")
             tensors = {key: weights[key] for key in weights if key.startswith(head)}
             tensors |= select(weights, choose(match(self._family, *layouts, choices), choices))
-        self.about = images.about | {"teacher_rebuilt_with": self.regridded}
+        self.about = images.about | {"teacher_rebuilt_with": regridded}
         spec = replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
         self._teacher = self._segments(spec, tensors, "teacher")
 
@@ -113,13 +113,10 @@ def _grid(model: nn.Module) -> dict[str, int | tuple[int, int]]:
 
 
 def _filled(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build a model with these tensors; a head that is not among them keeps its own values."""
     model = models.create(spec.name, spec.kwargs)
-    with torch.no_grad():
-        for key, own in model.state_dict().items():
-            if key in tensors and tensors[key].shape == own.shape:
-                own.copy_(tensors[key])
-            elif not key.startswith(models.head_prefixes(model)):
-                raise UserError(f"{spec.name} needs {key} {list(own.shape)}, which is missing or has another shape")
+    own = {key: tensors[key] for key in model.state_dict() if key in tensors}  # others are of a head that is left out
+    models.inherit(model, own, f"the weights do not fit {spec.name}")
     return model
 
 

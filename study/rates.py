@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import compare
 from study.arms import ARMS, CALIBRATION_IMAGES, RATE_SEED
+from study.report import METRIC, differences
 from training.finished import FinishedRun, find_runs, read_runs
 from utils import UserError, run_script
 
-METRIC = "test_acc1"
 BASELINE, PAPER = "random", "selected"
 # of a forward and a backward pass, in units of a training step of the same image
 FORWARD = 1 / 3
@@ -111,8 +111,7 @@ def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
     """Return the cell of the difference to another arm, paired by seed; "" to itself."""
     if other is None or not other.runs or runs[0] in other.runs:
         return ""
-    ends = {run.seed: run.last for run in other.runs}
-    return compare.cell(compare.spread([run.last - ends[run.seed] for run in runs if run.seed in ends]), 1, sign="+")
+    return compare.cell(compare.spread(differences(other.runs, runs, 1.0)), 1, sign="+")
 
 
 def report(root: Path) -> str:

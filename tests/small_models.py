@@ -116,6 +116,13 @@ def plan_of(teacher: tuple[Layout, Family], student: tuple[Layout, Family], choi
     return choose(match(teacher[1], teacher[0], student[0], choices), choices)
 
 
+def small_pair(path, *more):
+    """Options that select the small student from the small teacher's file."""
+    words = [" ".join(f"{key}={value}" for key, value in sizes.items()) for sizes in (SCRIPT_TEACHER, SCRIPT_STUDENT)]
+    teacher = f"--pretrained_model vit_tiny --pretrained_path {path} --pretrained_kwargs {words[0]}"
+    return [*f"{teacher} --student_model vit_tiny --student_kwargs {words[1]}".split(), *more]
+
+
 def selected(path, student=SCRIPT_STUDENT, **more):
     """The small student's tensors."""
     specs = ModelSpec("vit_tiny", SCRIPT_TEACHER), ModelSpec("vit_tiny", student)

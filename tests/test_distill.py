@@ -324,7 +324,11 @@ def test_contradictions_are_usage_errors(words, message, tiny_run, capsys):
 def test_compiled_run_learns_as_the_plain_one(kind, teacher, train, tmp_path, monkeypatch):
     """What is traced is not made into C++ here."""
     real, compiled = nn.Module.compile, []
-    note = lambda model, **_: compiled.append(type(model).__name__) or real(model, backend="aot_eager")  # noqa: E731
+
+    def note(model, **_):
+        compiled.append(type(model).__name__)
+        return real(model, backend="aot_eager")
+
     monkeypatch.setattr(nn.Module, "compile", note)
     words = f"--distillation {kind} --teacher_path {teacher} --epochs 1"
     plain, fast = train(words, to="plain"), train(words, "--compile", to="fast")

@@ -85,7 +85,7 @@ def images(count, *shape, seed=1, folder):
     return Calibration(values.split(20), count, folder)
 
 
-def refit_linear(teacher, folder, *, ridge, plan=None, given=None, to_stage_end=False):
+def refit_linear(teacher, folder, *, plan=None, given=None, **settings):
     """Refit Linear(4, 3) from a Linear teacher; return it, as selected and refitted, and the report."""
     plan = plan or linear_plan()
     depth = len(plan.layers["blocks"].kept)
@@ -98,7 +98,7 @@ def refit_linear(teacher, folder, *, ridge, plan=None, given=None, to_stage_end=
     ]
     given = given or images(60, 3, 1, 1, folder=folder)
     layers = r"(blocks)\.(\d+)\."
-    report = refit(parts[0], tuple(parts[1:]), plan, layers, given, ridge=ridge, to_stage_end=to_stage_end)
+    report = refit(parts[0], tuple(parts[1:]), plan, layers, given, **settings)
     refitted = Linear(4, 3, depth)
     refitted.load_state_dict(student.state_dict())  # the student itself is cut into segments now
     return selected, refitted, report
@@ -167,6 +167,16 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_nothing_is_left_in_the_folder(tmp_path):
     refit_linear(redundant_teacher(), tmp_path, ridge=0.01)
     assert list(tmp_path.iterdir()) == []  # the files have no names, so a kill leaves nothing either
+
+
+def test_with_own_outputs_as_targets_nothing_is_made_up_for(tmp_path):
+    """The block in between is left out: only the stream as a target brings the student there."""
+    plan, shares = linear_plan(((3, [0, 2]),)), []
+    for own_outputs in (False, True):
+        teacher = redundant_teacher(depth=3)
+        *_, report = refit_linear(teacher, tmp_path, ridge=0.0, plan=plan, own_outputs=own_outputs)
+        shares.append(report.closeness.explained_variance["blocks.0"])
+    assert shares[0] == pytest.approx(1, abs=1e-6) and shares[1] < 0.99
 
 
 # ---- timm's models ----

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of, write_images
-from small_models import PAIRS, SCRIPT_STUDENT, SCRIPT_TEACHER, random_tensors
+from small_models import PAIRS, random_tensors, small_pair
 
 import models
 import weight_selection
@@ -31,10 +31,7 @@ def folder(tmp_path):
 
 def arguments(path, folder, *more):
     """Options that refit the script's small student from the small teacher in `path`, on the images of `folder`."""
-    sizes = [" ".join(f"{key}={value}" for key, value in each.items()) for each in (SCRIPT_TEACHER, SCRIPT_STUDENT)]
-    teacher = f"--pretrained_model vit_tiny --pretrained_path {path} --pretrained_kwargs {sizes[0]}"
-    student = f"--student_model vit_tiny --student_kwargs {sizes[1]} --refit true --data_path {folder}"
-    return [*f"{teacher} {student}".split(), *map(str, more)]
+    return small_pair(path, "--refit", "true", "--data_path", str(folder), *map(str, more))
 
 
 @pytest.fixture

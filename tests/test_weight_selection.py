@@ -12,7 +12,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from small_models import SCRIPT_STUDENT, SCRIPT_TEACHER, assert_same, plan_of, random_tensors, selected, vit_layout
+from small_models import (
+    SCRIPT_STUDENT,
+    SCRIPT_TEACHER,
+    assert_same,
+    plan_of,
+    random_tensors,
+    selected,
+    small_pair,
+    vit_layout,
+)
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_checkpoint
@@ -64,13 +73,6 @@ def published(teacher_files, tmp_path_factory):
 
 def run(tmp_path, *argv):
     return weight_selection.main(["--output_dir", str(tmp_path / "out"), *argv])
-
-
-def small_pair(path, *more):
-    """Options that select the small student from the small teacher's file."""
-    words = [" ".join(f"{key}={value}" for key, value in sizes.items()) for sizes in (SCRIPT_TEACHER, SCRIPT_STUDENT)]
-    teacher = f"--pretrained_model vit_tiny --pretrained_path {path} --pretrained_kwargs {words[0]}"
-    return [*f"{teacher} --student_model vit_tiny --student_kwargs {words[1]}".split(), *more]
 
 
 # ---- the published method ----

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm.data
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +28,6 @@ from weightfiles.read import check_file, check_finite, check_plain, read_file, u
 from weightfiles.teacher import file_of, read_teacher
 
 log = logging.getLogger(__name__)
-
-# by --imagenet_default_mean_and_std
-MEAN_AND_STD = {
-    True: (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
-    False: (timm.data.IMAGENET_INCEPTION_MEAN, timm.data.IMAGENET_INCEPTION_STD),
-}
 
 
 class Teacher:
@@ -67,33 +60,33 @@ def make_teacher(options: argparse.Namespace, classes: list[str] | int, device: 
     `classes` are the data's names of them, or how many there are. UserError in one line if the teacher does not take the
     run's images or, for "logits", has other classes.
     """
-    found, num_classes = find_teacher(options), classes if isinstance(classes, int) else len(classes)
+    named, num_classes = find_teacher(options), classes if isinstance(classes, int) else len(classes)
     wanted = f"--distillation {options.distillation} needs"
     if options.distillation == "features":
         num_classes, wanted = 0, f"{wanted} all of the teacher but its classifier"
     else:
         wanted = f"{wanted} a teacher with a classifier of the data's {num_classes} classes"
-        if found.classes is not None:
-            check_same_classes(found.classes, classes, f"--teacher_path {found.path}")
-    model = models.create(found.name, {**found.kwargs, "num_classes": num_classes})
-    tensors, path = read_tensors(found, model, options.teacher_key)
+        if named.classes is not None:
+            check_same_classes(named.classes, classes, f"--teacher_path {named.path}")
+    model = models.create(named.name, {**named.kwargs, "num_classes": num_classes})
+    tensors, path = read_tensors(named, model, options.teacher_key)
     check_finite(tensors, f"--teacher_path {path}")
-    check_fit(tensors, model, f"{wanted}, but --teacher_path {path} does not fit {found.name}")
+    check_fit(tensors, model, f"{wanted}, but --teacher_path {path} does not fit {named.name}")
     model.load_state_dict(tensors)
-    option = f"--teacher_model {found.name}"
+    option = f"--teacher_model {named.name}"
     width = check_forward(model, option, options.input_size, num_classes or None, "--teacher_kwargs")
     model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     if options.compile:
         model.compile()  # without CUDA graphs, whose outputs the student's graphs would overwrite
-    mean_and_std = found.mean_and_std or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-    log.info("teacher: %s from %s, for images of mean %s and standard deviation %s", found.name, path, *mean_and_std)
-    source = {"model": found.name, "kwargs": found.kwargs, "key": options.teacher_key, "sha256": sha256_of(path)}
-    given = MEAN_AND_STD[options.imagenet_default_mean_and_std]
+    mean_and_std = named.mean_and_std or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    log.info("teacher: %s from %s, for images of mean %s and standard deviation %s", named.name, path, *mean_and_std)
+    source = {"model": named.name, "kwargs": named.kwargs, "key": options.teacher_key, "sha256": sha256_of(path)}
+    given = models.MEAN_AND_STD[options.imagenet_default_mean_and_std]
     return Teacher(model, width, plain(argparse.Namespace(**source)), mean_and_std, given)
 
 
 @dataclass(frozen=True)
-class Found:
+class Named:
     """A teacher's model and where its weights are; more is known if they are in a checkpoint of main.py."""
 
     name: str
@@ -104,7 +97,7 @@ class Found:
     mean_and_std: tuple | None = None  # by which the images were normalized
 
 
-def find_teacher(options: argparse.Namespace) -> Found:
+def find_teacher(options: argparse.Namespace) -> Named:
     """Find out what the options say of the teacher. UserError if there is no such file or they contradict it."""
     name, kwargs = options.teacher_model, options.teacher_kwargs
     if "num_classes" in kwargs:
@@ -112,7 +105,7 @@ def find_teacher(options: argparse.Namespace) -> Found:
             f"--teacher_kwargs num_classes={kwargs['num_classes']}: the number of classes comes from the data"
         )
     if not options.teacher_path:
-        return Found(name, kwargs)
+        return Named(name, kwargs)
     try:
         path, state = open_path(Path(options.teacher_path))
     except UserError as error:
@@ -120,7 +113,7 @@ def find_teacher(options: argparse.Namespace) -> Found:
     if state is None:
         if not name:
             raise UserError(f"--teacher_path {path} is no checkpoint of main.py: name its model with --teacher_model")
-        return Found(name, kwargs, path)
+        return Named(name, kwargs, path)
     then, classes = training_defaults() | state["options"], state["data"].get("classes")
     of_run = then["model_kwargs"]
     if not (isinstance(then["model"], str) and isinstance(of_run, dict) and isinstance(classes, int | list | None)):
@@ -131,10 +124,10 @@ def find_teacher(options: argparse.Namespace) -> Found:
         of_run = of_run | {"img_size": then["input_size"]}
     for key, value in kwargs.items():
         if of_run.get(key) != value:
-            there = f"is a checkpoint of a model with {key}={of_run[key]}" if key in of_run else f"has no {key}"
-            raise UserError(f"--teacher_kwargs {key}={value}, but --teacher_path {path} {there}")
-    mean_and_std = MEAN_AND_STD[bool(then["imagenet_default_mean_and_std"])]
-    return Found(then["model"], of_run, path, state, classes, mean_and_std)
+            problem = f"is a checkpoint of a model with {key}={of_run[key]}" if key in of_run else f"has no {key}"
+            raise UserError(f"--teacher_kwargs {key}={value}, but --teacher_path {path} {problem}")
+    mean_and_std = models.MEAN_AND_STD[bool(then["imagenet_default_mean_and_std"])]
+    return Named(then["model"], of_run, path, state, classes, mean_and_std)
 
 
 def open_path(path: Path) -> tuple[Path, dict | None]:
@@ -157,18 +150,18 @@ def open_path(path: Path) -> tuple[Path, dict | None]:
     return path, check_checkpoint(path, state) if state.get("format") == CHECKPOINT_FORMAT else None
 
 
-def read_tensors(found: Found, model: nn.Module, key: str) -> tuple[dict[str, Tensor], Path]:
+def read_tensors(named: Named, model: nn.Module, key: str) -> tuple[dict[str, Tensor], Path]:
     """Read the teacher's tensors, without a head that `model` does not have; return them and their file."""
-    path = found.path
+    path = named.path
     if path is None:
         with distributed.main_first():
-            path = file_of(found.name, model, "--teacher")
+            path = file_of(named.name, model, "--teacher")
     own = model.state_dict().keys()
-    if found.state:
-        tensors = unwrap(path, found.state, key)
+    if named.state:
+        tensors = unwrap(path, named.state, key)
         check_plain(path, tensors)
     else:
-        tensors = read_teacher(models.ModelSpec(found.name, found.kwargs), model, path, key, "--teacher")
+        tensors = read_teacher(models.ModelSpec(named.name, named.kwargs), model, path, key, "--teacher")
     left_out = () if model.num_classes else models.head_prefixes(model)
     return {name: tensors[name] for name in tensors if name in own or not name.startswith(left_out)}, path
 

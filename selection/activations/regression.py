@@ -29,11 +29,11 @@ class Regression:
         if self._fit.writes:
             return
         chosen = self._fit.chosen(self.batch, self._fitting)
+        values = self._fit.rows.of_student(call.values, chosen)
         if call.kind == "batch_norm":
-            self._moments += moments(self._fit.rows.of_student(call.channels_last(call.input), chosen))
+            self._moments += moments(values)
         else:
-            output = self._fit.rows.of_student(call.channels_last(call.output), chosen)
-            self._add(call, chosen, next(self._targets) - output)
+            self._add(call, chosen, next(self._targets) - values)
         self._student.stop()
 
     def wrote(self, call: Call, write: Write) -> None:

@@ -37,7 +37,7 @@ def activation_scores(
     }
     whole = {own for (_, own), axis in reads.items() if len(axis) > 1 or (rule == "coverage" and axis[0] not in local)}
     moments = _moments(teacher, images, {own for _, own in reads}, whole)
-    tensors, scores = teacher.model.state_dict(), {}
+    tensors, scales, scores = teacher.model.state_dict(), family.scaled(teacher.model.state_dict()), {}
     stream: dict[str, Tensor] = {}
     for (_, own), axis in reads.items():
         moment = moments.get(own)
@@ -48,7 +48,8 @@ def activation_scores(
                 continue
             labels = _labels(axis, place, outline, len(moment))
             if group in local:
-                energy = _energy_written(_with_scale(tensors, own, family), moment, labels)
+                scale = tensors.get(scales.get(own.rpartition(".")[0]))
+                energy = _energy_written(tensors[own], scale, moment, labels)
                 scores[group] = scores.get(group, 0.0) + energy.numpy()
             else:
                 mean = _diagonal(moment).mean().clamp(min=torch.finfo(torch.float64).tiny)  # a layer may see only zeros
@@ -116,12 +117,14 @@ def _gathered(moment: Tensor, labels: Tensor) -> Tensor:
     return sum(moment[turn] if moment.ndim == 1 else moment[turn][:, turn] for turn in turns)
 
 
-def _energy_written(weight: Tensor, moment: Tensor, labels: Tensor) -> Tensor:
+def _energy_written(weight: Tensor, scale: Tensor | None, moment: Tensor, labels: Tensor) -> Tensor:
     """Return the mean square of what all inputs of one label write together, up to a factor, float64 [labels].
 
-    With the squares alone, or a convolution of several groups, as if inputs were independent of each other; always as
+    `scale` is the LayerScale behind the layer. With the squares alone, or a convolution of several groups, as if inputs were independent of each other; always as
     if a convolution's taps were.
     """
+    if scale is not None:
+        weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
     weight = weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None]
     groups = len(moment) // weight.shape[1]
     if moment.ndim == 1 or groups > 1:
@@ -131,16 +134,6 @@ def _energy_written(weight: Tensor, moment: Tensor, labels: Tensor) -> Tensor:
     products = torch.einsum("oit,ojt->ij", weight, weight) * moment
     one_hot = torch.nn.functional.one_hot(labels).double()
     return ((products @ one_hot) * one_hot).sum(0)
-
-
-def _with_scale(tensors: dict[str, Tensor], key: str, family: Family) -> Tensor:
-    """Return a layer's weight, times the LayerScale behind it."""
-    weight = tensors[key]
-    for name, scale in tensors.items():
-        template, matched = family.find(family.scales, name)
-        if matched and matched.expand(template) == key.rpartition(".")[0]:
-            return weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    return weight
 
 
 def coverage(moment: Tensor) -> np.ndarray:

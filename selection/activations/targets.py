@@ -54,11 +54,9 @@ class KeepTargets:
         fit = self._outputs.get(call.key)
         if fit is None:
             return
-        chosen = fit.chosen(self.batch, self._fitting)
+        target = fit.rows.of_teacher(call.values, fit.chosen(self.batch, self._fitting))
         if fit.kind == "batch_norm":
-            target = moments(fit.rows.of_teacher(call.channels_last(call.input), chosen))
-        else:
-            target = fit.rows.of_teacher(call.channels_last(call.output), chosen)
+            target = moments(target)
         fit.targets.append(target if fit.fold is None else target * fit.fold)
 
     def wrote(self, call: Call, write: Write) -> None:

@@ -45,6 +45,11 @@ class Call:
         """View a value in the layout of the output [..., channels] or, of a convolution, [batch, C, H, W], channels last."""
         return value if self.kind == "linear" else value.permute(0, 2, 3, 1)
 
+    @property
+    def values(self) -> Tensor:
+        """What a fit compares, [..., channels]: the output; of a batch norm, which has to be normalized, the input."""
+        return self.channels_last(self.input if self.kind == "batch_norm" else self.output)
+
     def inputs(self, places: Tensor) -> Tensor:
         """Gather what the layer sees for these places of its output: [places, groups, inputs], as its weight's other axes.
 
