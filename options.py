@@ -76,6 +76,15 @@ def number(kind: type, low: float, high: float = float("inf")):
     return parse
 
 
+def expression(text: str) -> str:
+    """Return a regular expression that compiles."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression: {error}") from None
+    return text
+
+
 def _keywords(group, name: str, help: str) -> None:
     group.add_argument(name, type=keyword, action=Keywords, nargs="+", default={}, metavar="NAME=VALUE", help=help)
 
@@ -117,8 +126,8 @@ def needs_images(options: argparse.Namespace) -> bool:
 
 def given_in_vain(options: argparse.Namespace) -> list[str]:
     """Return the options about images that differ from their defaults, for a run of weight_selection.py without images."""
-    names = "ridge data_set data_path calibration_images input_size imagenet_default_mean_and_std".split()
-    return _changed(options, names, _selection_parser())
+    about_images = "data_set data_path calibration_images input_size imagenet_default_mean_and_std"
+    return _changed(options, f"ridge refit_target refit_layers {about_images}".split(), _selection_parser())
 
 
 def _changed(options: argparse.Namespace, names: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -191,23 +200,31 @@ def _selection_parser() -> argparse.ArgumentParser:
     add("--include_head", type=boolean, nargs="?", const=True, default=False,
         help="select the classifier too; the numbers of classes must agree")
 
-    add = parser.add_argument_group("refit, and rules by activation").add_argument
-    add("--refit", type=boolean, nargs="?", const=True, default=False,
-        help="after the selection, fit each layer so that the student's activations are the teacher's; no labels needed")
-    add("--ridge", type=number(float, 0), default=0.01,
-        help="how strongly the refit holds on to the selected weights, from 0 to inf")
-    add("--data_set", default="image_folder", help="whose training images to use, as in main.py")
-    add("--data_path", metavar="FOLDER", help="where they are; of image_folder, with or without folders of classes")
-    add("--calibration_images", type=number(int, LEAST_IMAGES), default=1024, metavar="N",
-        help="how many to use; a fifth of them measures the refit")
-    add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's)")
-    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+    _add_refit(parser)
 
     add = parser.add_argument_group("showing the plan").add_argument
     add("--plan", action="store_true", help="print the plan as JSON and stop; reads no weights except for "
         "--element_selection magnitude, and weights and images for the rules by activation")
     add("--plot", metavar="FILE.png", help="draw the plan")
     return parser
+
+
+def _add_refit(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("refit, and rules by activation").add_argument
+    add("--refit", type=boolean, nargs="?", const=True, default=False,
+        help="after the selection, fit each layer so that the student's activations are the teacher's; no labels needed")
+    add("--ridge", type=number(float, 0), default=0.01,
+        help="how strongly the refit holds on to the selected weights, from 0 to inf")
+    add("--refit_target", choices=("stream", "outputs"), default="stream", help="what a layer that writes to the stream "
+        "should give: what the student's stream lacks of the teacher's, or what the teacher's layer gives")
+    add("--refit_layers", type=expression, default="", metavar="REGEX",
+        help="refit only layers whose weights have such a name; the others stay as selected (default: all)")
+    add("--data_set", default="image_folder", help="whose training images to use, as in main.py")
+    add("--data_path", metavar="FOLDER", help="where they are; of image_folder, with or without folders of classes")
+    add("--calibration_images", type=number(int, LEAST_IMAGES), default=1024, metavar="N",
+        help="how many to use; a fifth of them measures the refit")
+    add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's)")
+    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
 
 
 def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:

@@ -47,6 +47,7 @@ from selection.family import Layout
 from selection.match import match
 from selection.picture import check_plot, draw
 from selection.plan import Outline, choose
+from selection.refit import Refit
 from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.tensors import magnitudes, select
@@ -63,10 +64,10 @@ PUBLISHED = Choices()
 
 @dataclass(frozen=True)
 class OnImages:
-    """Images to run the teacher on, for the rules by activation; with a `ridge` also to refit the student."""
+    """Images to run the teacher on, for the rules by activation; with `refit` also to refit the student."""
 
     images: Calibration
-    ridge: float | None = None
+    refit: Refit | None = None
 
 
 # ---- from two models to the student's tensors ----
@@ -107,9 +108,9 @@ def select_weights(
     tensors = {} if plan_only else select(weights, plan)
     check_finite(tensors, pretrained_path or teacher.name)
     about = {"calibration": running.about} if running else {}
-    if running and tensors and on_images.ridge is not None:
+    if running and tensors and on_images.refit:
         spread = choices.layer_selection == "uniform"
-        tensors, refit = running.refit(student, tensors, plan, on_images.ridge, to_stage_end=spread)
+        tensors, refit = running.refit(student, tensors, plan, on_images.refit, to_stage_end=spread)
         about = {"refit": refit}
         check_finite(tensors, f"the refitted {student.name}")
     return tensors, {
@@ -195,7 +196,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     if needs_images(options):
         scratch = Path() if options.plan else next(folder for folder in path.absolute().parents if folder.exists())
         images = calibration_images(options, student, scratch)
-        on_images = OnImages(images, options.ridge if options.refit else None)
+        refit = Refit(options.ridge, options.refit_target, options.refit_layers) if options.refit else None
+        on_images = OnImages(images, refit)
     tensors, description = select_weights(
         teacher,
         student,

@@ -10,6 +10,7 @@ residual that the selected weights leave, so a student that computes the teacher
 import contextlib
 import logging
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -27,6 +28,15 @@ from selection.plan import Plan
 from utils import UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What to fit, and to what. The fields are options of weight_selection.py."""
+
+    ridge: float = 0.01  # the penalty, as a share of the inputs' mean variance; inf leaves all as selected
+    target: str = "stream"  # "outputs": layers that write to the stream have the outputs of the teacher's as well
+    layers: str = ""  # a regular expression to find in the name of a layer's weight; other layers stay as selected
 
 
 @dataclass
@@ -58,16 +68,14 @@ def refit(
     layers: str,
     images: Calibration,
     *,
-    ridge: float,
+    settings: Refit,
     to_stage_end: bool = False,
-    own_outputs: bool = False,
 ) -> Report:
     """Refit the first student in place; the second is its twin, which keeps the selected weights for comparison.
 
-    `layers` is the pattern of Family, `ridge` the penalty as a share of the inputs' mean variance: inf leaves all as
-    selected. UserError if the disk is full or the teacher's activations are not finite.
+    `layers` is the pattern of Family. UserError if the disk is full or the teacher's activations are not finite.
     """
-    targets = Targets(teacher, students[0], plan, layers, own_outputs)
+    targets = Targets(teacher, students[0], plan, layers, settings.target == "outputs")
     walk = _Walk(teacher, students, images)
     report, after = Report(), IMAGES
     ends = [*targets.ends(to_stage_end), None]  # None: the model's own output
@@ -76,11 +84,12 @@ def refit(
         seen = walk.see(students[0], block - 1, last)
         stream = targets.stream(seen)
         fits, left = targets.fits(seen, walk.see(teacher, after, end), stream, end)
-        if math.isinf(ridge):
-            fits, left = [], left | {fit.key: "the ridge is inf" for fit in fits}
+        reasons = {fit.key: _kept_by(settings, fit.key) for fit in fits}
+        fits = [fit for fit in fits if not reasons[fit.key]]
+        left |= {key: reason for key, reason in reasons.items() if reason}
         walk.run_teacher(fits, after, end)
         for fit in fits:
-            walk.refit(fit, ridge, block - 1, last)
+            walk.refit(fit, settings.ridge, block - 1, last)
         report.left |= left
         report.refitted += [fit.key for fit in fits]
         for student, closeness in zip(students, (report.closeness, report.selected), strict=True):
@@ -92,6 +101,13 @@ def refit(
                 closeness.top1_agreement = walk.agreement(student, block - 1, after)
         after = end
     return report
+
+
+def _kept_by(settings: Refit, key: str) -> str:
+    """Say why the settings keep a layer as selected; "" if they do not."""
+    if math.isinf(settings.ridge):
+        return "the ridge is inf"
+    return "" if re.search(settings.layers, key) else f"--refit_layers {settings.layers}"
 
 
 class _Walk:

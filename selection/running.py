@@ -18,7 +18,7 @@ from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import Outline, Plan, choose
-from selection.refit import Report, refit
+from selection.refit import Refit, Report, refit
 from selection.rules import Choices
 from selection.tensors import select
 from utils import UserError
@@ -67,19 +67,23 @@ class Running:
         return activation_scores(self._teacher, outline, self._family, self._images, rule, magnitudes)
 
     def refit(
-        self, student: ModelSpec, tensors: dict[str, Tensor], plan: Plan, ridge: float, *, to_stage_end: bool
+        self, student: ModelSpec, tensors: dict[str, Tensor], plan: Plan, settings: Refit, *, to_stage_end: bool
     ) -> tuple[dict[str, Tensor], dict]:
         """Refit the student's selected tensors; return all of them, in their dtypes, and what the `.json` says of it."""
         students = tuple(self._segments(student, tensors, "student") for _ in range(2))
         layers = self._family.layers
-        report = refit(self._teacher, students, plan, layers, self._images, ridge=ridge, to_stage_end=to_stage_end)
+        report = refit(
+            self._teacher, students, plan, layers, self._images, settings=settings, to_stage_end=to_stage_end
+        )
         _log(report)
         after, before = (each.model.state_dict() for each in students)
         changed = {
             key: after[key].to(tensors[key].dtype) for key in tensors if not torch.equal(before[key], after[key])
         }
         about = {
-            "ridge": "inf" if math.isinf(ridge) else ridge,
+            "ridge": "inf" if math.isinf(settings.ridge) else settings.ridge,
+            "target": settings.target,
+            "layers": settings.layers,
             "refitted": len(report.refitted),
             "left_as_selected": report.left,
         }

@@ -20,7 +20,7 @@ from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import Group, Plan, Source, choose
-from selection.refit import refit
+from selection.refit import Refit, refit
 from selection.rules import Choices
 from selection.tensors import select
 from utils import UserError
@@ -85,7 +85,7 @@ def images(count, *shape, seed=1, folder):
     return Calibration(values.split(20), count, folder)
 
 
-def refit_linear(teacher, folder, *, plan=None, given=None, **settings):
+def refit_linear(teacher, folder, *, plan=None, given=None, to_stage_end=False, **settings):
     """Refit Linear(4, 3) from a Linear teacher; return it, as selected and refitted, and the report."""
     plan = plan or linear_plan()
     depth = len(plan.layers["blocks"].kept)
@@ -98,7 +98,9 @@ def refit_linear(teacher, folder, *, plan=None, given=None, **settings):
     ]
     given = given or images(60, 3, 1, 1, folder=folder)
     layers = r"(blocks)\.(\d+)\."
-    report = refit(parts[0], tuple(parts[1:]), plan, layers, given, **settings)
+    report = refit(
+        parts[0], tuple(parts[1:]), plan, layers, given, settings=Refit(**settings), to_stage_end=to_stage_end
+    )
     refitted = Linear(4, 3, depth)
     refitted.load_state_dict(student.state_dict())  # the student itself is cut into segments now
     return selected, refitted, report
@@ -172,9 +174,9 @@ def test_nothing_is_left_in_the_folder(tmp_path):
 def test_with_own_outputs_as_targets_nothing_is_made_up_for(tmp_path):
     """The block in between is left out: only the stream as a target brings the student there."""
     plan, shares = linear_plan(((3, [0, 2]),)), []
-    for own_outputs in (False, True):
+    for target in ("stream", "outputs"):
         teacher = redundant_teacher(depth=3)
-        *_, report = refit_linear(teacher, tmp_path, ridge=0.0, plan=plan, own_outputs=own_outputs)
+        *_, report = refit_linear(teacher, tmp_path, ridge=0.0, plan=plan, target=target)
         shares.append(report.closeness.explained_variance["blocks.0"])
     assert shares[0] == pytest.approx(1, abs=1e-6) and shares[1] < 0.99
 
@@ -208,7 +210,7 @@ def refit_pair(kind, folder, *, ridge=0.01, same=False, count=40, with_head=True
     parts = [
         Segments(model, family.layers, given.shape, "model") for model in (teacher, student, copy.deepcopy(student))
     ]
-    report = refit(parts[0], tuple(parts[1:]), plan, family.layers, given, ridge=ridge)
+    report = refit(parts[0], tuple(parts[1:]), plan, family.layers, given, settings=Refit(ridge))
     return tensors, student, report, plan
 
 
@@ -300,7 +302,7 @@ def test_channels_that_layer_scale_nearly_removes_stay(tmp_path):
     student.load_state_dict(tensors)
     given = images(40, 3, 16, 16, folder=tmp_path)
     parts = [Segments(model, family.layers, given.shape, "m") for model in (teacher, student, copy.deepcopy(student))]
-    refit(parts[0], tuple(parts[1:]), plan, family.layers, given, ridge=0.01)
+    refit(parts[0], tuple(parts[1:]), plan, family.layers, given, settings=Refit(0.01))
     for key in ("blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"):
         moved = (student.state_dict()[key] - tensors[key]).abs().reshape(12, -1).amax(1)
         assert moved[3] == 0 and (moved > 0).sum() == 11

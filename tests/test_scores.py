@@ -156,6 +156,22 @@ def test_infinite_ridge_gives_the_selected_tensors(refit):
     assert about["refit"]["ridge"] == "inf" and about["refit"]["refitted"] == 0
 
 
+def test_only_layers_that_match_are_refitted(refit):
+    refitted, about = refit("--refit_layers", r"\.mlp\.")
+    selected, _ = refit("--refit", "false", "--element_selection", "energy", "--heads", "keep", name="plain.pth")
+    changed = {key for key in selected if not torch.equal(refitted[key], selected[key])}
+    assert changed == {f"blocks.{n}.mlp.fc{m}.{kind}" for n in (0, 1) for m in (1, 2) for kind in ("weight", "bias")}
+    assert about["refit"]["refitted"] == 4
+    assert about["refit"]["left_as_selected"]["patch_embed.proj.weight"] == r"--refit_layers \.mlp\."
+
+
+def test_the_layers_own_outputs_can_be_the_targets(refit):
+    (stream, about), (outputs, own) = refit(), refit("--refit_target", "outputs", name="own.pth")
+    assert (about["refit"]["target"], own["refit"]["target"]) == ("stream", "outputs")
+    assert torch.equal(stream["patch_embed.proj.weight"], outputs["patch_embed.proj.weight"])
+    assert not torch.equal(stream["blocks.0.mlp.fc2.weight"], outputs["blocks.0.mlp.fc2.weight"])
+
+
 def test_folder_of_the_output_may_be_new(refit, tmp_path):
     refit(name="new/below/out.pth")
     assert sorted(path.name for path in (tmp_path / "new/below").iterdir()) == ["out.json", "out.pth"]
@@ -207,6 +223,7 @@ def test_teacher_is_rebuilt_at_the_students_grid(tmp_path, folder):
         ("--refit true --data_path x --element_selection random_inconsistent", "needs channels that agree"),
         ("--refit true --data_path x --ridge -1", "-1 is not at least 0"),
         ("--refit true --data_path x --calibration_images 15", "15 is not at least 16"),
+        ("--refit true --data_path x --refit_layers (", "( is not a regular expression"),
     ],
 )
 def test_usage_errors_are_said_before_anything_is_read(options, message, capsys):
