@@ -8,14 +8,16 @@ reported otherwise. Arms without another seed yet are listed with their rates al
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import compare
-from study.arms import ARMS, CALIBRATION_IMAGES, RATE_SEED
+from study.arms import ARMS
 from study.report import METRIC, differences
+from study.studies import CALIBRATION_IMAGES, RATE_SEED
 from training.finished import FinishedRun, find_runs, read_runs
 from utils import UserError, run_script
 
@@ -49,7 +51,7 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
     sections: dict[str, Section] = defaultdict(dict)
     for (section, arm), tried in runs.items():
         ends = {rate: run.last for rate, run in tried if run.seed == RATE_SEED}
-        best = max(ends, key=ends.get) if ends else ""
+        best = max(ends, key=ends.get) if ends else tried[0][0] if ARMS[arm].rate_of else ""
         chosen = [run for rate, run in tried if rate == best and run.seed != RATE_SEED]
         sections[section][arm] = Tried(best, chosen, ends)
     return sections, teachers
@@ -69,35 +71,66 @@ def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedR
     """
     choices, (images, parameters) = ARMS[arm], work(run)
     own, total = images * parameters, images * parameters
-    family = section.partition("/")[0]
-    if "tuned" in (choices.teacher, choices.distilled):
-        tuned_images, large = work(teachers[f"{section}/tuned"])
-        total += tuned_images * large
+
+    def teacher(role: str) -> tuple[float, float]:
+        return work(teachers[f"{section if role.startswith('tuned') else section.partition('/')[0]}/{role}"])
+
+    for role in {choices.teacher, choices.distilled}:
+        if role.startswith("tuned"):
+            total += math.prod(teacher(role))
     if choices.distilled:
-        total += FORWARD * images * large
-    if choices.selection and "--data_path" in choices.selection:
-        large = work(teachers[f"{family}/teacher"])[1]
-        passes = 2 * large + (5 * parameters if "--refit" in choices.selection else 0)
-        total += FORWARD * CALIBRATION_IMAGES * passes
+        total += FORWARD * images * teacher(choices.distilled)[1]
+    words = (choices.selection or "").split()
+    if "--data_path" in words:
+        passes = 2 * teacher(choices.teacher)[1] + (5 * parameters if "--refit" in words else 0)
+        option = "--calibration_images"
+        calibration = int(words[words.index(option) + 1]) if option in words else CALIBRATION_IMAGES
+        total += FORWARD * calibration * passes
     return total / own
 
 
-def rows_of(section: str, arms: Section, teachers: dict[str, FinishedRun]) -> list[list[str]]:
-    """Return the cells of a section's table, the best arm last."""
-    baseline = arms[BASELINE].runs
-    goal = compare.spread([run.last for run in baseline])["mean"]
-    rows, ready = [], {arm: tried for arm, tried in arms.items() if tried.runs}
+def untrained(run: FinishedRun) -> float | None:
+    """Return the accuracy before any training; None if it was not measured."""
+    file = run.folder / "untrained.json"
+    return json.loads(file.read_text(encoding="utf-8"))[METRIC] if file.is_file() else None
+
+
+def table_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, FinishedRun]) -> list[str]:
+    """Return a Markdown table of the chosen arms, the best last; [] if none has runs."""
+    rows = rows_of(section, arms, chosen, teachers)
+    heads = [
+        "start",
+        "rate",
+        "n",
+        "untrained",
+        "after 1 epoch",
+        "at the end",
+        "over random init",
+        "over weight selection",
+    ]
+    columns = [*heads, "reaches random init's end in epoch", "cost"]
+    kept = [n for n, head in enumerate(columns) if head != "untrained" or any(row[n] for row in rows)]
+    table = [[row[n] for n in kept] for row in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows)]
+    return [*compare.markdown(table), ""] if rows else []
+
+
+def rows_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, FinishedRun]) -> list[list[str]]:
+    """Return the cells of the chosen arms' rows, the best last."""
+    goal = compare.spread([run.last for run in arms[BASELINE].runs])["mean"]
+    rows, ready = [], {arm: arms[arm] for arm in chosen if arms[arm].runs}
     for arm, tried in sorted(ready.items(), key=lambda item: sum(run.last for run in item[1].runs) / len(item[1].runs)):
         runs = sorted(tried.runs, key=lambda run: run.seed)
         means = {epoch: sum(run.values[epoch] for run in runs) / len(runs) for epoch in sorted(runs[0].values)}
         reached = next((str(epoch + 1) for epoch, mean in means.items() if mean >= goal), "never")
         gains = [_gain(runs, arms.get(other)) for other in (BASELINE, PAPER)]
         accuracies = [compare.spread([run.values[epoch] for run in runs]) for epoch in (min(means), max(means))]
+        before = [value for value in map(untrained, runs) if value is not None]
         rows.append(
             [
                 ARMS[arm].title,
                 tried.rate,
                 str(len(runs)),
+                compare.cell(compare.spread(before), 1) if before else "",
                 *(compare.cell(each, 1) for each in accuracies),
                 *gains,
                 "" if arm == BASELINE else reached,
@@ -121,15 +154,26 @@ def report(root: Path) -> str:
     for section, arms in sections.items():
         if BASELINE not in arms or not arms[BASELINE].runs:
             raise UserError(f"{root}/{section}: no runs from random init to compare with")
-        heads = ["start", "rate", "n", "after 1 epoch", "at the end", "over random init", "over weight selection"]
-        table = [[*heads, "reaches random init's end in epoch", "cost"], ["---", *["---:"] * 8]]
-        lines += [f"## {section}", "", *compare.markdown([*table, *rows_of(section, arms, teachers)]), ""]
-        lines += [f"- {name}: {run.last:.1f} %" for name, run in teachers.items()] + [""]
+        lines += [
+            f"## {section}",
+            "",
+            *table_of(section, arms, [arm for arm in arms if not ARMS[arm].rate_of], teachers),
+        ]
+        family, own = section.partition("/")[0], f"{section}/"
+        these = {
+            name: run for name, run in teachers.items() if name.startswith(own) or name.rpartition("/")[0] == family
+        }
+        lines += [f"- {name}: {run.last:.1f} %" for name, run in these.items()] + [""]
+        for base in dict.fromkeys(ARMS[arm].rate_of for arm in arms if ARMS[arm].rate_of):
+            ablations = [arm for arm in arms if ARMS[arm].rate_of == base]
+            table = table_of(section, arms, [base, *ablations] if base in arms else ablations, teachers)
+            lines += [f"### Changes of {ARMS[base].title}", "", *table] if table else []
         rates = sorted({rate for tried in arms.values() for rate in tried.ends}, key=float)
         table = [["start", *rates], ["---", *["---:"] * len(rates)]]
         table += [
             [ARMS[arm].title, *(f"{tried.ends[rate]:.1f}" if rate in tried.ends else "" for rate in rates)]
             for arm, tried in arms.items()
+            if tried.ends
         ]
         lines += [f"### Rates, seed {RATE_SEED}", "", *compare.markdown(table), ""]
     return "\n".join(lines)

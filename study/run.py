@@ -25,7 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.arms import RATE_SEED, STUDENT_DATA, STUDIES, TEACHER_DATA, Run, runs_of
+from study.arms import STUDENT_DATA, TEACHER_DATA
+from study.runs import Run, runs_of
+from study.studies import RATE_SEED, STUDIES
 from utils import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +55,10 @@ class Place:
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         return bool(lines) and json.loads(lines[-1])["epoch"] == run.epochs - 1
 
-    def best_rate(self, rates: tuple[str, ...], section: str, arm: str) -> str | None:
+    def best_rate(self, rates: dict[str, tuple[str, ...]], section: str, arm: str) -> str | None:
         """Return the learning rate with which an arm ended best on RATE_SEED; None until all were tried."""
         ends = {}
-        for rate in rates:
+        for rate in rates[section.partition("/")[0]]:
             log = self.results / f"{section}/{arm}@{rate}-{RATE_SEED}/log.txt"
             if not log.exists():
                 return None
@@ -93,7 +95,11 @@ class Place:
             shuffle = [[sys.executable, "-m", "study.shuffle", run.teacher.checkpoint, source]]
         script = str(ROOT / "weight_selection.py")
         select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", file]
-        return [*shuffle, select, [*train, "--initialize", file]]
+        measure = []
+        if run.untrained:
+            options = [*run.command[: run.command.index("--output_dir")], "--initialize", file]
+            measure = [[sys.executable, "-m", "study.untrained", f"{run.name}.untrained.json", *options]]
+        return [*shuffle, select, *measure, [*train, "--initialize", file]]
 
     def lock(self, run: Run) -> int | None:
         """Return a file descriptor that holds the run's lock; None if another call or its leftover process has it.
@@ -127,11 +133,12 @@ class Place:
 
     def publish(self, run: Run) -> None:
         """Copy config.json to `results`, then log.txt, which marks the run as finished; each whole or not at all."""
-        target = self.results / run.name
+        target, source = self.results / run.name, self.work / run.name
+        files = {"untrained.json": Path(f"{source}.untrained.json")} if run.untrained else {}
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "log.txt"):
+        for name, file in (files | {name: source / name for name in ("config.json", "log.txt")}).items():
             temporary = target / f".{name}.tmp"
-            temporary.write_bytes((self.work / run.name / name).read_bytes())
+            temporary.write_bytes(file.read_bytes())
             os.replace(temporary, target / name)
 
 

@@ -16,17 +16,17 @@ from conftest import error_of, read_log, write_images, write_run
 import main
 import options
 import weight_selection
-from study import arms, report, run, shuffle
+from study import arms, report, run, runs, shuffle, studies, untrained
 from utils import UserError
 from weightfiles.read import read_weights
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("study", arms.STUDIES)
+@pytest.mark.parametrize("study", studies.STUDIES)
 def test_both_scripts_understand_every_command(study, tmp_path, capsys):
     planned = set()
-    for each in arms.runs_of(arms.STUDIES[study]):
+    for each in runs.runs_of(studies.STUDIES[study]):
         *_, train = run.Place(tmp_path, tmp_path).commands(each)
         assert options.training_options(train[2:]).output_dir == each.name
         if each.selection is not None:
@@ -40,21 +40,21 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
 
 
 def test_teachers_come_before_their_students_and_runs_once():
-    names = [each.name for each in arms.runs_of(arms.STUDIES["cpu"])]
+    names = [each.name for each in runs.runs_of(studies.STUDIES["cpu"])]
     assert len(names) == len(set(names)) == 4 + 4 * 9 + 3 * (5 + 3 + 4 + 2)
     assert names.index("vit/teacher") < names.index("vit/full/selected-0")
     assert names.index("vit/wide_teacher") < names.index("vit/tenth/wide_blend-0")
 
 
 def test_a_row_for_a_gpu_and_its_teacher_fit_into_25_minutes():
-    study = arms.STUDIES["gpu"]
+    study = studies.STUDIES["gpu"]
     for row in study.rows:
-        assert sum(each.minutes for each in arms.runs_of(arms.Study(study.recipe, study.models, [row]))) < 25
+        assert sum(each.minutes for each in runs.runs_of(studies.Study(study.recipe, study.models, [row]))) < 25
 
 
 def test_only_takes_the_teacher_that_is_needed():
     def names(pattern):
-        return [each.name for each in run.chosen(arms.runs_of(arms.STUDIES["cpu"]), pattern)]
+        return [each.name for each in run.chosen(runs.runs_of(studies.STUDIES["cpu"]), pattern)]
 
     assert names("vit/tenth/wide_keep-1") == ["vit/wide_teacher", "vit/tenth/wide_keep-1"]
     assert names("vit/full/random-2$") == ["vit/full/random-2"]
@@ -65,11 +65,11 @@ def test_only_takes_the_teacher_that_is_needed():
 def tiny_study():
     """A teacher and two arms, an epoch of ten images each."""
     shape = "img_size=16 patch_size=8 num_heads=2 "
-    return arms.Study(
+    return studies.Study(
         "--input_size 16 --batch_size 4 --warmup_epochs 0 --device cpu --num_workers 0 --augment device",
         {
-            "vit/student": arms.Model("vit_tiny", shape + "embed_dim=8 depth=1", "--lr 1e-3", 1, 1.0),
-            "vit/teacher": arms.Model("vit_tiny", shape + "embed_dim=16 depth=2", "--lr 1e-3", 1, 2.0),
+            "vit/student": studies.Model("vit_tiny", shape + "embed_dim=8 depth=1", "--lr 1e-3", 1, 1.0),
+            "vit/teacher": studies.Model("vit_tiny", shape + "embed_dim=16 depth=2", "--lr 1e-3", 1, 2.0),
         },
         [("vit", "full", "random shuffled", range(1))],
     )
@@ -81,11 +81,16 @@ def call(tmp_path, monkeypatch):
     for name, classes in ((arms.TEACHER_DATA, "abc"), (arms.STUDENT_DATA, "de")):
         for part in ("train", "val"):
             write_images(tmp_path / "images" / name, part, dict.fromkeys(classes, 5), size=16)
-    monkeypatch.setitem(arms.STUDIES, "cpu", tiny_study())
+    monkeypatch.setitem(studies.STUDIES, "cpu", tiny_study())
     return f"cpu --data {tmp_path}/images --work {tmp_path}/work --results {tmp_path}/results".split()
 
 
-SCRIPTS = {"main.py": main, "weight_selection.py": weight_selection, "study.shuffle": shuffle}
+SCRIPTS = {
+    "main.py": main,
+    "weight_selection.py": weight_selection,
+    "study.shuffle": shuffle,
+    "study.untrained": untrained,
+}
 
 
 @pytest.fixture
@@ -128,6 +133,17 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_pa
     assert [line["epoch"] for line in read_log(results / names[2])] == [0]
 
 
+def test_a_students_accuracy_before_training_is_kept(call, commands, tmp_path, monkeypatch):
+    near = tiny_study()._replace(rows=[("vit", "near", "selected", range(1))])
+    monkeypatch.setitem(studies.STUDIES, "cpu", near)
+    monkeypatch.setitem(arms.SETTINGS, "near", arms.SETTINGS["near"]._replace(fraction=1.0, epochs=2))
+    run.main(call)
+    assert commands == ["main.py", "weight_selection.py", "study.untrained", "main.py"]
+    folder = tmp_path / "results" / "vit" / "near" / "selected-0"
+    measured = json.loads((folder / "untrained.json").read_text())
+    assert measured.keys() == {"test_loss", "test_acc1", "test_acc5"} and len(read_log(folder)) == 2
+
+
 def test_logs_of_a_teacher_are_not_replaced_by_a_new_ones(call, commands, tmp_path):
     for name in ("vit/teacher", "vit/full/random-0", "vit/full/shuffled-0"):
         (tmp_path / "results" / name).mkdir(parents=True)
@@ -153,7 +169,7 @@ def test_a_folder_of_work_keeps_its_images(call, tmp_path):
 @pytest.fixture
 def hanging(call, tmp_path):
     """Start the tiny study with a main.py that hangs; return the study's process, the id of the hanging one, a function that takes its lock."""
-    place, locked = run.Place(tmp_path / "work", tmp_path / "results"), arms.Run("vit/full/random-0", (), 1, 1.0)
+    place, locked = run.Place(tmp_path / "work", tmp_path / "results"), runs.Run("vit/full/random-0", (), 1, 1.0)
     (tmp_path / "code").mkdir()
     os.mkfifo(tmp_path / "started")
     hang = "import os, pathlib, signal; pathlib.Path({!r}).write_text(str(os.getpid())); signal.pause()"

@@ -5,7 +5,7 @@ import json
 
 from conftest import read_log, write_run
 
-from study import arms, rates, run
+from study import arms, rates, run, runs, studies
 
 
 def write_arms(root, ends, section="vit/tenth"):
@@ -42,18 +42,44 @@ def test_rate_of_an_arm_is_the_best_of_its_own_seed(tmp_path):
 
 
 def test_study_finds_the_rate_and_then_runs_the_other_seeds(tmp_path):
-    study = arms.STUDIES["refit"]._replace(rows=[("vit", "tenth", "random", range(2))], rates=("1e-3", "2e-3"))
+    study = studies.STUDIES["refit"]._replace(
+        rows=[("vit", "tenth", "random", range(2))], rates={"vit": ("1e-3", "2e-3")}
+    )
     place = run.Place(tmp_path, tmp_path)
 
     def planned():
-        return [each.name for each in arms.runs_of(study, functools.partial(place.best_rate, study.rates))]
+        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study.rates))]
 
     assert planned() == ["vit/tenth/random@1e-3-3", "vit/tenth/random@2e-3-3"]
     write_arms(tmp_path, {"random": {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0]}}})
     assert planned()[2:] == ["vit/tenth/random@2e-3-0", "vit/tenth/random@2e-3-1"]
 
 
+def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
+    study = studies.STUDIES["refit"]
+    study = study._replace(rows=[("vit", "tenth", "refit_energy ridge_1", range(1))], rates={"vit": ("1e-3", "2e-3")})
+    place = run.Place(tmp_path, tmp_path)
+    tried = {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0], 0: [20.0, 32.0]}}
+    write_arms(tmp_path, {"random": tried, "refit_energy": tried, "ridge_1": {"2e-3": {0: [20.0, 35.0]}}})
+    names = [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study.rates))]
+    assert names[-2:] == ["vit/tenth/refit_energy@2e-3-0", "vit/tenth/ridge_1@2e-3-0"] and len(names) == 5
+    text = rates.report(tmp_path)
+    above, _, below = text.partition("### Changes of energy, refit")
+    assert "ridge 1 " not in above and below.index("energy, refit") < below.index("ridge 1 ")
+
+
+def test_accuracy_before_training_is_a_column_if_it_was_measured(tmp_path):
+    runs_at = {"1e-3": {3: [20.0, 30.0], 0: [19.0, 31.0]}}
+    write_arms(tmp_path, {"random": runs_at, "selected": runs_at}, "vit/near")
+    assert "untrained" not in rates.report(tmp_path)
+    (tmp_path / "vit/near/selected@1e-3-0/untrained.json").write_text(json.dumps({"test_acc1": 7.25}))
+    text = rates.report(tmp_path)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert cells[2][:4] == ["start", "rate", "n", "untrained"]
+    assert ["weight selection", "1e-3", "1", "7.2"] in [row[:4] for row in cells]
+
+
 def test_tuned_teacher_and_the_one_it_starts_from_come_first():
-    study = arms.STUDIES["refit"]
-    names = [each.name for each in run.chosen(arms.runs_of(study), "chain@1e-3-3")]
+    study = studies.STUDIES["refit"]
+    names = [each.name for each in run.chosen(runs.runs_of(study), "vit/tenth/chain@1e-3-3")]
     assert names == ["vit/teacher", "vit/tenth/tuned", "vit/tenth/chain@1e-3-3"]

@@ -1,0 +1,120 @@
+"""The runs of a study, in order, and their commands."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from study.arms import ARMS, SETTINGS, TEACHER_DATA
+from study.studies import RATE_SEED, Model, Study
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training of a teacher or a student. `teacher` is None: it starts from random init."""
+
+    name: str  # its folder
+    command: tuple[str, ...]  # options of main.py except --initialize
+    epochs: int
+    minutes: float
+    is_teacher: bool = False
+    teacher: "Run | None" = None
+    shuffled: bool = False
+    selection: tuple[str, ...] | None = None  # options of weight_selection.py except the file; None: all weights
+    untrained: bool = False  # measure it before the training too
+    distilled_from: "Run | None" = None
+
+    @property
+    def checkpoint(self) -> str:
+        return f"{self.name}/checkpoint-{self.epochs - 1}.pth"
+
+    @property
+    def needs(self) -> list["Run"]:
+        """List the runs that must be finished before this one, in order."""
+        teachers = [teacher for teacher in (self.teacher, self.distilled_from) if teacher]
+        return list(dict.fromkeys(run for teacher in teachers for run in (*teacher.needs, teacher)))
+
+
+def runs_of(study: Study, best_rate: Callable[[str, str], str | None] = lambda section, arm: None) -> list[Run]:
+    """Return all runs of a study in order, each after those that it needs.
+
+    In a study with rates, `best_rate` names that of a section's arm, such as "vit/tenth", "random". As long as it
+    returns None, the arm's runs are those that find it.
+    """
+    return list(dict.fromkeys(_in_order(study, best_rate)))
+
+
+def _in_order(study: Study, best_rate: Callable[[str, str], str | None]) -> Iterator[Run]:
+    for family, setting, arms, seeds in study.rows:
+        rates = study.rates.get(family, ())
+        for arm in arms.split():
+            for rate in () if ARMS[arm].rate_of else rates:
+                yield from _with_needs(_student(study, family, setting, arm, RATE_SEED, rate))
+        for seed in seeds:
+            for arm in arms.split():
+                rate = best_rate(f"{family}/{setting}", ARMS[arm].rate_of or arm) if rates else ""
+                if rate is not None:
+                    yield from _with_needs(_student(study, family, setting, arm, seed, rate))
+
+
+def _with_needs(run: Run) -> list[Run]:
+    return [*run.needs, run]
+
+
+def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate: str) -> Run:
+    model, choices, where = study.models[f"{family}/student"], ARMS[arm], SETTINGS[setting]
+    model = model._replace(epochs=where.epochs or model.epochs)
+    name = f"{family}/{setting}/{arm}{rate and f'@{rate}'}-{seed}"
+    override = f"{where.training} --lr {rate}" if rate else where.training
+    options = f"{_training(study, model, where.data)} {override} --data_fraction {where.fraction} --seed {seed}"
+    student = Run(name, (), model.epochs, model.minutes * where.fraction + 0.5)  # half a minute to start and select
+    if choices.distilled:
+        distilled_from = _teacher(study, family, setting, choices.distilled)
+        options += f" --distillation logits --teacher_path {distilled_from.checkpoint}"
+        student = replace(student, distilled_from=distilled_from, minutes=1.5 * student.minutes)
+    student = replace(student, command=tuple(f"{options} --output_dir {name}".split()))
+    if choices.selection is None:
+        return student
+    teacher = study.models[f"{family}/{_base(choices.teacher)}"]
+    selection = (
+        f"--student_model {model.name} {_option('--student_kwargs', model.kwargs)} "
+        f"--pretrained_model {teacher.name} {_option('--pretrained_kwargs', teacher.kwargs)} "
+        f"{choices.selection.format(seed=seed, data=f'data/{where.data}')} {where.selection}"
+    )
+    return replace(
+        student,
+        teacher=_teacher(study, family, setting, choices.teacher),
+        shuffled=choices.shuffled,
+        selection=tuple(selection.split()),
+        untrained=where.untrained,
+    )
+
+
+def _base(role: str) -> str:
+    """Name the teacher that a tuned one, "tuned" or "tuned_<role>", was before."""
+    return role.removeprefix("tuned").removeprefix("_") or "teacher"
+
+
+def _teacher(study: Study, family: str, setting: str, role: str) -> Run:
+    """Return the training of a teacher; one that is tuned goes on from its base, on the student's images."""
+    base = _base(role)
+    model, name = study.models[f"{family}/{base}"], f"{family}/{base}"
+    if role == base:
+        options = f"{_training(study, model, TEACHER_DATA)} --output_dir {name}"
+        return Run(name, tuple(options.split()), model.epochs, model.minutes, is_teacher=True)
+    student, where, name = study.models[f"{family}/student"], SETTINGS[setting], f"{family}/{setting}/{role}"
+    minutes = 4 * student.minutes * where.fraction
+    model = model._replace(training=study.tuning, epochs=where.epochs or student.epochs, minutes=minutes)
+    options = f"{_training(study, model, where.data)} --data_fraction {where.fraction} --output_dir {name}"
+    teacher = _teacher(study, family, setting, base)
+    return Run(name, tuple(options.split()), model.epochs, model.minutes, is_teacher=True, teacher=teacher)
+
+
+def _option(option: str, values: str) -> str:
+    return f"{option} {values}" if values else ""
+
+
+def _training(study: Study, model: Model, data: str) -> str:
+    return (
+        f"--model {model.name} {_option('--model_kwargs', model.kwargs)} "
+        f"--data_set image_folder --data_path data/{data} --epochs {model.epochs} {study.recipe} {model.training} "
+        f"--save_ckpt_num 1 --log_freq 100 --progress false"
+    )

@@ -1,0 +1,140 @@
+"""The studies: which arms, of which models, trained how."""
+
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """A model and how it is trained. `minutes`: the time of all epochs on all images, on a CPU with one thread."""
+
+    name: str
+    kwargs: str
+    training: str
+    epochs: int
+    minutes: float
+
+
+class Study(NamedTuple):
+    recipe: str  # options of main.py for every run
+    models: dict[str, Model]  # by family and role, such as "vit/teacher"
+    rows: list[tuple[str, str, str, range]]  # family, setting, arms and seeds, in the order in which they run
+    # by family, the learning rates that each arm tries on RATE_SEED; the best is that of its other seeds
+    rates: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - never changed
+    tuning: str = ""  # options by which a teacher is trained on the student's images
+
+
+RATE_SEED = 3
+CALIBRATION_IMAGES = 1024  # the default of weight_selection.py
+# The paper's augmentation is made for 300 epochs. Ten epochs need little more than flips and padded crops.
+_CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
+    --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
+_VIT = "img_size=32 patch_size=8 "
+STUDIES = {
+    "cpu": Study(
+        _CPU_RECIPE,
+        {
+            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
+            "vit/teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 45
+            ),
+            # These two are as deep as the student, so that they differ from each other only in width.
+            "vit/twice_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 25
+            ),
+            "vit/wide_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=256 depth=6 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 75
+            ),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 16),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "dims=48,96,192,384 depths=3,3,9,3",
+                "--lr 2e-3 --data_fraction 0.3",
+                20,
+                60,
+            ),
+        },
+        [
+            ("vit", "full", "random selected shuffled", range(3)),
+            ("vit", "tenth", "random selected shuffled", range(3)),
+            ("convnext", "full", "random selected shuffled", range(3)),
+            ("convnext", "tenth", "random selected shuffled", range(3)),
+            # The rules on a tenth of the data, where the initialization matters more and a run takes two minutes.
+            ("vit", "tenth", "keep consecutive random_slots random_inconsistent magnitude", range(3)),
+            ("vit", "tenth", "last_layers middle_layers uniform_layers", range(3)),
+            ("vit", "tenth", "wide_blend wide_keep twice_blend twice_keep", range(3)),
+            # Is the gain only due to a learning rate that is too low for random init?
+            ("vit", "tenth_lr4e-3", "random selected", range(3)),
+        ],
+    ),
+    # Does a student that starts by computing the teacher's function end better, and with distillation? Each arm at the
+    # best of three learning rates.
+    "refit": Study(
+        _CPU_RECIPE,
+        {
+            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "", 10, 8),
+            "vit/teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 15
+            ),
+            "vit/deep_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 27
+            ),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "", 10, 16),
+            "convnext/teacher": Model(
+                "convnext_tiny", "dims=48,96,192,384 depths=3,3,9,3", "--lr 2e-3 --data_fraction 0.3", 12, 36
+            ),
+        },
+        [
+            ("vit", "tenth", "random selected magnitude keep", range(3)),
+            ("vit", "tenth", "refit_energy refit_magnitude_energy refit_coverage", range(3)),
+            ("vit", "tenth", "energy coverage magnitude_energy refit_selected refit_magnitude refit_keep", range(3)),
+            ("vit", "tenth", "chain tuned_selected tuned_refit", range(3)),
+            ("vit", "tenth", "distilled_random distilled_selected distilled_refit", range(3)),
+            ("vit", "tenth", "images_64 images_256 images_4096 ridge_0.001 ridge_0.1 ridge_1", range(3)),
+            ("vit", "tenth", "teachers_images own_outputs only_attention only_mlp only_writers no_writers", range(3)),
+            ("vit", "near", "random selected magnitude refit_energy refit_distilled", range(3)),
+            ("convnext", "tenth", "random selected magnitude refit_energy chain", range(3)),
+            ("convnext", "near", "random selected magnitude refit_energy refit_distilled", range(3)),
+            ("vit", "tenth", "deep_selected deep_spread deep_refit deep_spread_refit deep_chain", range(3)),
+            ("vit", "full", "random selected magnitude refit_energy chain", range(3)),
+            ("convnext", "full", "random selected refit_energy", range(3)),
+        ],
+        rates={"vit": ("5e-4", "1e-3", "2e-3"), "convnext": ("1e-3", "2e-3", "4e-3")},
+        tuning="--lr 1e-3",
+    ),
+    # The paper's models and recipe, but at 64 px for 90 epochs. Choose one row with --only, and give it its own --work
+    # and --results: it includes its teacher, and `selected`, because students can be compared only with those of the
+    # same teacher. The minutes are guesses for one H100. None of this has been run.
+    "gpu": Study(
+        "--input_size 64 --augment device --cache device --use_amp true --amp_dtype bfloat16 --compile --device cuda "
+        "--num_workers 8",
+        {
+            "vit/student": Model(
+                "vit_tiny", "img_size=64 patch_size=8", "--batch_size 512 --lr 2e-3 --warmup_epochs 15", 90, 2.2
+            ),
+            "vit/teacher": Model(
+                "vit_small", "img_size=64 patch_size=8", "--batch_size 1024 --lr 1e-3 --warmup_epochs 9", 90, 8
+            ),
+            # a stem with patches of 2, so that the last stage sees 4 x 4 positions
+            "convnext/student": Model(
+                "convnext_femto",
+                "patch_size=2",
+                "--batch_size 1024 --lr 4e-3 --warmup_epochs 15 --drop_path 0.1 --channels_last",
+                90,
+                2.2,
+            ),
+            "convnext/teacher": Model(
+                "convnext_tiny",
+                "patch_size=2",
+                "--batch_size 1024 --lr 1e-3 --warmup_epochs 9 --drop_path 0.1 --channels_last",
+                90,
+                8,
+            ),
+        },
+        [
+            ("vit", "full", "random selected", range(3)),
+            ("convnext", "full", "random selected", range(3)),
+            ("vit", "full", "selected shuffled", range(3)),
+            ("convnext", "full", "selected shuffled", range(3)),
+            ("vit", "full", "selected keep", range(3)),
+        ],
+    ),
+}
