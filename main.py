@@ -25,7 +25,7 @@ from images.settings import Augmentation
 from images.transforms import build_mixer
 from models.build import build_model, constructor_arguments
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from options import plain
+from options import peak_lr, plain
 from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
@@ -33,7 +33,7 @@ from training.distill import Distillation, make_criterion
 from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
-from training.start import find_start
+from training.start import Start, find_start
 from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,11 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     distributed.set_determinism(options.deterministic)
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     start = find_start(options, output_dir)
-    given, update_freq = plain(options), options.update_freq
-    if not options.eval:
-        update_freq = start.check_settings(given, output_dir, precision.name)
+    given = plain(options)
+    update_freq = options.update_freq if options.eval else start.check_settings(given, output_dir, precision.name)
+    total_batch = options.batch_size * update_freq * distributed.world_size()
+    in_effect = {"lr": peak_lr(options, total_batch), "images_per_update": total_batch}
+    options = argparse.Namespace(**vars(options) | {"lr": in_effect["lr"]})
 
     train_images, val_images, num_classes = load_data(options)
     images = train_images or val_images
@@ -86,10 +88,8 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     if options.compile:
         model.compile(mode=options.compile_mode)  # in place, so that the weights keep their names
     if options.eval:
-        if not start.path:
-            log.warning("--eval true without --resume, --initialize or a checkpoint in --output_dir: random weights")
         record = evaluate_all(options, model, ema, val_loader, precision)
-        log.info("%d images: %s", len(val_images), summary(record, {}))
+        report_evaluation(start, len(val_images), record)
         return record
 
     steps = train_loader.batch_sampler.steps_per_epoch
@@ -102,14 +102,14 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     if progress.epoch >= options.epochs:
         log.info("nothing is left to do: %s is of the last epoch", start.path)
         return start.state["metrics"]
-    processes = distributed.world_size()
+    about = {"options": given, "initialization": start.source} | teacher
     if output_dir and distributed.is_main():
-        about = {"environment": environment(device, processes), "revision": revision()} | teacher
-        run_folder.write_config(output_dir, {"options": given, "initialization": start.source, **about})
+        about_code = {"environment": environment(device, distributed.world_size()), "revision": revision()}
+        run_folder.write_config(output_dir, about | {"in_effect": in_effect} | about_code)
         progress.best = start.bring_best(output_dir)
-    origin = {"options": given, "update_freq": update_freq, "processes": processes, "precision": precision.name}
-    origin |= {"initialization": start.source, "data": about_data} | teacher
+    about |= {"update_freq": update_freq, "processes": distributed.world_size(), "precision": precision.name}
     stop.defer()
+    origin = about | {"data": about_data}
     return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
 
@@ -196,6 +196,13 @@ def evaluate_all(
     return record
 
 
+def report_evaluation(start: Start, images: int, record: dict[str, float]) -> None:
+    """Say what was measured, and of which weights."""
+    if not start.path:
+        log.warning("--eval true without --resume, --initialize or a checkpoint in --output_dir: random weights")
+    log.info("%d images: %s", images, summary(record, {}))
+
+
 def count_bad(images: tuple[Images, Images | None]) -> dict[str, int]:
     """Count the training and the evaluation images that no process could read; a collective."""
     parts = zip(("train", "test"), images, strict=True)
@@ -241,7 +248,7 @@ def make_trainer(
         groups += parameter_groups(criterion.distiller or nn.Identity(), without_layers)
     optimizer = create_optimizer(groups, options)
     steps = options.epochs * steps_per_epoch
-    warmup = options.warmup_steps if options.warmup_steps > 0 else options.warmup_epochs * steps_per_epoch
+    warmup = options.warmup_steps if options.warmup_steps > 0 else round(options.warmup_epochs * steps_per_epoch)
     if warmup > steps:
         raise UserError(
             f"--warmup_steps {warmup} is longer than the run: {options.epochs} epochs of {steps_per_epoch} updates"

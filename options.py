@@ -16,9 +16,26 @@ SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
 # both its values give the same weights up to the first bad image, which ends a run with `fail`.
 FREE_ON_RESUME = frozenset(
     "auto_resume bad_images data_path device disable_eval dist_eval dist_on_itp dist_timeout dist_url enable_wandb "
-    "eval eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project resplit resume "
-    "save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch teacher_path wandb_ckpt world_size".split()
+    "eval eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project recipe resplit "
+    "resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch teacher_path wandb_ckpt world_size".split()
 )
+
+
+# What --recipe sets of main.py, each only if it is not given itself. A function takes the other options.
+RECIPES = {
+    "paper": {},  # 300 epochs: the defaults
+    "short": {  # up to some 30 epochs: random crops and flips are augmentation enough
+        "epochs": 30,
+        "warmup_epochs": lambda options: options.epochs / 10,
+        "lr": None,  # SHORT_LR per 512 images
+        "aa": "none",
+        "color_jitter": 0.0,
+        "reprob": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    },
+}
+SHORT_LR = 1e-3
 
 
 class Settings:
@@ -74,6 +91,12 @@ def number(kind: type, low: float, high: float = float("inf")):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def epochs(text: str) -> float:
+    """Parse a number of epochs, at least 0; a whole one is an int."""
+    value = number(float, 0)(text)
+    return int(value) if value.is_integer() else value
 
 
 def expression(text: str) -> str:
@@ -138,7 +161,12 @@ def _changed(options: argparse.Namespace, names: list[str], parser: argparse.Arg
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the validated options of main.py; end the process with code 2 on a usage error."""
     parser = _training_parser()
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    parser.set_defaults(**recipe)
     options = parser.parse_args(argv)
+    for name, value in recipe.items():
+        if callable(value) and getattr(options, name) is value:
+            setattr(options, name, value(options))
     problem = _first_conflict(options, parser)
     if problem:
         parser.error(problem)
@@ -148,6 +176,11 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
 def training_defaults() -> dict:
     """Return the default of each option of main.py."""
     return vars(_training_parser().parse_args([]))
+
+
+def peak_lr(options: argparse.Namespace, images_per_update: int) -> float:
+    """Return --lr or, if a recipe leaves it open, one in proportion to the total batch."""
+    return SHORT_LR * images_per_update / 512 if options.lr is None else options.lr
 
 
 def without_effect(options: argparse.Namespace) -> list[str]:
@@ -340,6 +373,9 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
 
     add = parser.add_argument_group("optimization").add_argument
+    add("--recipe", choices=tuple(RECIPES), default="paper", help="defaults of the options: paper, for 300 epochs, or "
+        "short, for up to some 30: --epochs 30, --warmup_epochs a tenth of them, --lr 1e-3 per 512 images of the total "
+        "batch, and --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0")
     add("--epochs", default=300, type=positive, help="length of the run")
     add("--batch_size", default=64, type=positive, help="images per process and backward pass")
     add("--update_freq", default=1, type=positive, help="backward passes per update: gradient accumulation")
@@ -349,7 +385,7 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--momentum", type=float, default=0.9, help="for optimizers with momentum")
     add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate for the total batch; never rescaled")
     add("--min_lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine")
-    add("--warmup_epochs", type=count, default=50, help="linear warm-up")
+    add("--warmup_epochs", type=epochs, default=50, help="linear warm-up; may be a fraction")
     add("--warmup_steps", type=int, default=-1, help="linear warm-up in updates; replaces --warmup_epochs if above 0")
     add("--weight_decay", type=number(float, 0), default=0.05, help="for matrices; biases, norms and tokens have none")
     add("--weight_decay_end", type=number(float, 0), help="cosine to this value (default: constant)")

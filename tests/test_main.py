@@ -161,6 +161,27 @@ def test_different_classes_are_named(train, tmp_path):
         train("--data_path", tmp_path / "d")
 
 
+def test_recipe_sets_what_is_not_given():
+    short = training_options("--recipe short --mixup 0.2 --epochs 25".split())
+    assert (short.epochs, short.warmup_epochs, short.lr, short.mixup, short.cutmix) == (25, 2.5, None, 0.2, 0.0)
+    assert (short.aa, short.reprob, short.color_jitter) == ("none", 0.0, 0.0)
+    assert training_options("--recipe short --warmup_epochs 3".split()).warmup_epochs == 3
+    assert vars(training_options("--recipe paper".split())) == vars(training_options([]))
+
+
+def test_short_recipe_trains_at_a_rate_that_fits_the_batch(tiny_run, tmp_path):
+    words = tiny_run("--recipe short --update_freq 2")
+    for option in ("--lr", "--warmup_epochs"):
+        place = words.index(option)
+        del words[place : place + 2]
+    script.main(words)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["lr"] is None and config["options"]["warmup_epochs"] == 0.2
+    assert config["in_effect"] == {"lr": 1e-3 * 16 / 512, "images_per_update": 16}
+    first, _ = read_log(tmp_path / "run")  # 2 of 4 updates: a warm-up of 0.4 updates is none
+    assert first["train_lr"] == pytest.approx(1e-3 * 16 / 512 * (1 + 0.854) / 2, rel=0.05)
+
+
 FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
 
 

@@ -43,6 +43,8 @@ def read_run(folder: Path, metric: str) -> FinishedRun:
         values = {record["epoch"]: record[metric] for record in records if record.get(metric) is not None}
         initialization = config["initialization"] or {"sha256": "", "path": ""}
         settings = settings_of(config["options"], config["environment"]["processes"], initialization["sha256"])
+        # what options left open, or a resumed run on other processes changed
+        settings |= {name: json.dumps(value) for name, value in config.get("in_effect", {}).items()}
         if "teacher" in config:
             settings["teacher"] = config["teacher"]["sha256"][:12]
         epochs, seed = config["options"]["epochs"], config["options"]["seed"]
