@@ -106,6 +106,13 @@ SETTINGS = {
     "full": Setting(),
     "tenth": Setting(0.1),
     "tenth_lr4e-3": Setting(0.1, "--lr 4e-3"),
+    **{
+        f"{recipe}_{epochs}": Setting(0.1, f"--recipe {recipe} {proportions.format(epochs / 6)}", epochs=epochs)
+        for recipe, proportions in (("paper", "--lr 5e-4 --warmup_epochs {}"), ("short", ""))
+        for epochs in (3, 10, 30)
+    },
+    "short_10_lr2x": Setting(0.1, "--recipe short --lr 5e-4", epochs=10),
+    "short_10_lr4x": Setting(0.1, "--recipe short --lr 1e-3", epochs=10),
     # 10,000 images of the classes that the teacher knows, for as many updates as a tenth of the student's own
     "near": Setting(0.1, data=TEACHER_DATA, epochs=5, selection="--include_head true", untrained=True),
 }

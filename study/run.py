@@ -84,9 +84,9 @@ class Place:
     def commands(self, run: Run) -> list[list[str]]:
         """Return the commands that make the run, in their order."""
         train = [sys.executable, str(ROOT / "main.py"), *run.command]
-        if run.teacher is None:
+        if run.teacher is None and not run.weights:
             return [train]
-        source, file = run.teacher.checkpoint, f"{run.name}.pth"
+        source, file = run.weights or run.teacher.checkpoint, f"{run.name}.pth"
         if run.selection is None:
             return [[*train, "--initialize", source]]
         shuffle = []

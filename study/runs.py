@@ -9,7 +9,7 @@ from study.studies import RATE_SEED, Model, Study
 
 @dataclass(frozen=True)
 class Run:
-    """The training of a teacher or a student. `teacher` is None: it starts from random init."""
+    """The training of a teacher or a student. Without `teacher` and `weights` it starts from random init."""
 
     name: str  # its folder
     command: tuple[str, ...]  # options of main.py except --initialize
@@ -17,6 +17,7 @@ class Run:
     minutes: float
     is_teacher: bool = False
     teacher: "Run | None" = None
+    weights: str = ""  # the file of its teacher, if no run makes one
     shuffled: bool = False
     selection: tuple[str, ...] | None = None  # options of weight_selection.py except the file; None: all weights
     untrained: bool = False  # measure it before the training too
@@ -61,11 +62,12 @@ def _with_needs(run: Run) -> list[Run]:
 
 def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate: str) -> Run:
     model, choices, where = study.models[f"{family}/student"], ARMS[arm], SETTINGS[setting]
-    model = model._replace(epochs=where.epochs or model.epochs)
+    epochs = where.epochs or model.epochs
+    model = model._replace(epochs=epochs, minutes=model.minutes * where.fraction * epochs / model.epochs)
     name = f"{family}/{setting}/{arm}{rate and f'@{rate}'}-{seed}"
     override = f"{where.training} --lr {rate}" if rate else where.training
     options = f"{_training(study, model, where.data)} {override} --data_fraction {where.fraction} --seed {seed}"
-    student = Run(name, (), model.epochs, model.minutes * where.fraction + 0.5)  # half a minute to start and select
+    student = Run(name, (), model.epochs, model.minutes + 0.5)  # half a minute to start and select
     if choices.distilled:
         distilled_from = _teacher(study, family, setting, choices.distilled)
         options += f" --distillation logits --teacher_path {distilled_from.checkpoint}"
@@ -81,7 +83,8 @@ def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate:
     )
     return replace(
         student,
-        teacher=_teacher(study, family, setting, choices.teacher),
+        teacher=None if teacher.weights else _teacher(study, family, setting, choices.teacher),
+        weights=teacher.weights and f"data/{teacher.weights}",
         shuffled=choices.shuffled,
         selection=tuple(selection.split()),
         untrained=where.untrained,

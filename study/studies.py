@@ -4,13 +4,17 @@ from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """A model and how it is trained. `minutes`: the time of all epochs on all images, on a CPU with one thread."""
+    """A model and how it is trained. `minutes`: the time of all epochs on all images, on a CPU with one thread.
+
+    `weights`: a teacher's file in the folder of --data, which is taken as it is.
+    """
 
     name: str
     kwargs: str
     training: str
     epochs: int
     minutes: float
+    weights: str = ""
 
 
 class Study(NamedTuple):
@@ -28,6 +32,7 @@ CALIBRATION_IMAGES = 1024  # the default of weight_selection.py
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
 _VIT = "img_size=32 patch_size=8 "
+_TRIED = ("paper", "short")  # recipes
 STUDIES = {
     "cpu": Study(
         _CPU_RECIPE,
@@ -99,6 +104,24 @@ STUDIES = {
         ],
         rates={"vit": ("5e-4", "1e-3", "2e-3"), "convnext": ("1e-3", "2e-3", "4e-3")},
         tuning="--lr 1e-3",
+    ),
+    # Which recipe suits a short run on few images, in the paper's ViT-T and from a real ViT-S? The teacher is DINOv2's
+    # ViT-S/14 or a model of its shape, in a file. "paper" keeps the proportions of the paper's CIFAR-100 recipe.
+    "short": Study(
+        "--input_size 32 --batch_size 128 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu",
+        {
+            "vit/student": Model("vit_tiny", "img_size=32 patch_size=8", "", 10, 100),
+            "vit/teacher": Model(
+                "vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors"
+            ),
+        },
+        [
+            *(("vit", f"{recipe}_{epochs}", "random selected", range(3)) for epochs in (3, 10) for recipe in _TRIED),
+            ("vit", "short_10_lr2x", "random selected", range(3, 4)),
+            ("vit", "short_10_lr4x", "random selected", range(3, 4)),
+            ("vit", "short_10", "random selected", range(3, 4)),
+            *(("vit", f"{recipe}_30", "random selected", range(3)) for recipe in _TRIED),
+        ],
     ),
     # The paper's models and recipe, but at 64 px for 90 epochs. Choose one row with --only, and give it its own --work
     # and --results: it includes its teacher, and `selected`, because students can be compared only with those of the
