@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 import models
 from models import ModelSpec
 from utils import UserError, first_line
+from weightfiles import layouts
 from weightfiles.guard import check_arrays
 from weightfiles.hub import pretrained_file
 from weightfiles.lazy import Weights, open_weights
@@ -26,9 +28,9 @@ def read_teacher(
 ) -> Weights:
     """Open the teacher's weights under timm's names, from `path` or else from the file that timm has for its name.
 
-    `model` is the teacher, on any device. A file in timm's own layout is read tensor by tensor, when asked for. Raises
-    UserError if the weights cannot be found or are another model's; it names `options` followed by _model, _path or
-    _kwargs.
+    `model` is the teacher, on any device. A file in timm's own layout or in one of weightfiles.layouts is read tensor by
+    tensor, when asked for. Raises UserError if the weights cannot be found or are another model's; it names `options`
+    followed by _model, _path or _kwargs.
     """
     option = f"{options}_path {path}"
     if path is None:
@@ -38,6 +40,8 @@ def read_teacher(
         weights = _read_npz(path, spec, option)
     else:
         weights = open_weights(path, model_key)
+        if _difference(weights.shapes, model):
+            weights, option = _renamed(weights, model, spec.name, path, option)
         if _difference(weights.shapes, model):
             weights = _converted(weights, model, spec.name, path, option)
     if weights.whole:
@@ -66,17 +70,44 @@ def _kwargs_of(option: str) -> str:
     return f"{option.partition('_')[0]}_kwargs"
 
 
+def _renamed(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> tuple[Weights, str]:
+    """Put weights of another library under timm's names, and add the layout to the words that name the file.
+
+    Weights of no known layout are returned as they are.
+    """
+    try:
+        found = layouts.to_timm(weights, model)
+    except ValueError as error:
+        raise UserError(f"{option} cannot be read as the weights of {name}: {error}") from error
+    if found is None:
+        return weights, option
+    layout = found.layout
+    if layout.family != models.family_of(model):
+        raise UserError(f"{option} is a {layout.model} ({layout.library} layout); {name} is a {type(model).__name__}")
+    log.info(
+        "%s: %s layout of %s; left out: %s", path, layout.library, layout.model, ", ".join(found.left_out) or "none"
+    )
+    if note := layout.epsilon_note(model):
+        log.info("%s: %s", path, note)
+    return found.weights, f"{option} ({layout.library} layout)"
+
+
 def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
-    """Let timm convert weights of another layout for this model."""
+    """Let timm convert weights of its original release, or of another image or patch size, for this model."""
     _check_kernels(weights.shapes, option)
     family = models.family_of(model)
     converter = models.FAMILIES[family].converter if family else None
     try:
         tensors = converter(dict(weights), model) if converter else dict(weights)
         converted = Weights.in_memory(tensors, "timm converts its layout")
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{option} has no layout that {name} is known in ({first_line(error)})") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        converted = weights
     difference = _difference(converted.shapes, model)
+    if difference and not _is_known(converted, model):
+        libraries = ", ".join(dict.fromkeys(layout.library for layout in layouts.LAYOUTS))
+        known = f"has no layout that {name} is known in (timm, its original release, {libraries})"
+        examples = list(dict.fromkeys(map(_pattern, weights)))[:5]
+        raise UserError(f"{option} {known}; its keys look like {', '.join(examples)}")
     if difference:
         raise UserError(f"{option} {difference} of {name}; see {_kwargs_of(option)}")
     for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.shapes.keys():
@@ -85,6 +116,17 @@ def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, 
         if len(old) == len(new) and old != new:
             log.warning("%s: timm made %s of %s %s: is it a file of %s?", path, list(new), key, list(old), name)
     return converted
+
+
+def _is_known(weights: Weights, model: nn.Module) -> bool:
+    """Tell whether most of the tensors have a counterpart in the model, whatever the numbers of their layers."""
+    names = set(map(_pattern, model.state_dict()))
+    return sum(_pattern(key) in names for key in weights) > len(weights) / 2
+
+
+def _pattern(key: str) -> str:
+    """Put N for each number in a key that is no end of a word: blocks.7.norm1.bias becomes blocks.N.norm1.bias."""
+    return re.sub(r"(?<![A-Za-z\d])\d+", "N", key)
 
 
 def _read_npz(path: str | Path, spec: ModelSpec, option: str) -> Weights:

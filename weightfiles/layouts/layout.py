@@ -1,0 +1,70 @@
+"""What a library's layout is: its names for the tensors of a model, and timm's for the same tensors."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+LEAF = r"(?P<leaf>(?:\.(?:weight|bias|running_mean|running_var|num_batches_tracked))?)"
+UNUSED = ""  # instead of timm's name: the tensor has no counterpart there
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How `library` names the tensors of `model`, which timm builds as a model of `family` (see models.FAMILIES).
+
+    `names`: patterns of the library's names -> timm's names for modules, or for tensors that belong to no module. The
+        first pattern that matches counts. One name may stand for several of timm's, separated by spaces. Where timm
+        joins tensors along axis 0, ":0", ":1", ... behind its name give their order.
+    `prefix`: a pattern of what may precede the library's names.
+    `joins`: patterns of timm's full names -> functions of the tensors for that name, in their order, that replace the
+        concatenation. They also run on tensors without values, for the shape.
+    `epsilons`: patterns of timm's names for layer norms -> the library's default epsilon, where timm's may differ.
+    """
+
+    library: str
+    model: str
+    family: str
+    names: Mapping[str, str]
+    prefix: str = ""
+    joins: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    epsilons: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def _rows(self) -> list[tuple[re.Pattern, str]]:
+        return [(re.compile(f"{self.prefix}(?:{pattern}){LEAF}"), name) for pattern, name in self.names.items()]
+
+    def places(self, key: str) -> list[tuple[str, int]] | None:
+        """Find timm's names for a key, each with the key's position among the tensors joined there.
+
+        The list is empty for a tensor without a counterpart in timm. None: the layout has no such key.
+        """
+        for pattern, name in self._rows:
+            if match := pattern.fullmatch(key):
+                targets = [target.partition(":") for target in match.expand(name).split()]
+                return [(target + match["leaf"], int(position or 0)) for target, _, position in targets]
+        return None
+
+    def join(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """Make timm's tensor `name` of the library's tensors."""
+        for pattern, function in self.joins.items():
+            if re.fullmatch(pattern, name):
+                return function(*tensors)
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def epsilon_note(self, model: nn.Module) -> str:
+        """Say which norms of `model` have another epsilon than the library's by default; "" if none has."""
+        norms = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+        for pattern, epsilon in self.epsilons.items():
+            differing = {name: own for name, own in norms.items() if re.fullmatch(pattern, name) and own != epsilon}
+            if differing:
+                name, own = next(iter(differing.items()))
+                which = f"{name} and {len(differing) - 1} other norms" if len(differing) > 1 else name
+                return (
+                    f"{self.library} computes {which} with epsilon {epsilon:g} by default, timm with {own:g}; no argument "
+                    "of timm's constructor sets it"
+                )
+        return ""
