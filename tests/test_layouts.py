@@ -216,10 +216,10 @@ def vit() -> dict[str, torch.Tensor]:
 
 def test_tensors_without_counterpart_are_left_out_and_said(vit, tmp_path, caplog):
     unused = ("embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias")
-    assert set(renamed(vit).left_out) == set(unused)
+    assert renamed(vit).unused == list(unused)
     torch.save(vit, tmp_path / "vit.pth")
     read(tmp_path / "vit.pth", "vit_tiny", TIMM_VIT)
-    assert f"vit.pth: transformers layout of ViT or DeiT; left out: {', '.join(unused)}" in caplog.text
+    assert f"vit.pth: transformers layout; left out: {', '.join(unused)}" in caplog.text
 
 
 def test_only_tensors_asked_for_are_read(vit):
@@ -246,15 +246,30 @@ def test_biases_of_dinov3_that_are_zero_are_left_out():
     zero = "model.layer.0.attention.q_proj.bias"
     weights[zero] = torch.zeros(32)
     found = renamed(weights, "vit_small_patch16_dinov3")
-    assert zero in found.left_out and "blocks.0.attn.q_bias" not in found.weights
+    assert zero in found.unused and "blocks.0.attn.q_bias" not in found.weights
     assert "blocks.0.attn.v_bias" in found.weights  # which this model does not have: the file is refused
 
 
-def test_file_of_another_image_size_is_resampled_by_timm(vit, tmp_path):
+def test_file_of_another_image_size_is_resampled_by_timm(vit, tmp_path, caplog):
     kwargs = {**TIMM_VIT, "img_size": 64, "patch_size": 4}
     torch.save(vit, tmp_path / "vit.pth")
     torch.save(dict(renamed(vit).weights), tmp_path / "timm.pth")
-    assert_same(*(read(tmp_path / name, "vit_tiny", kwargs) for name in ("vit.pth", "timm.pth")))
+    ours, by_timm = (read(tmp_path / name, "vit_tiny", kwargs) for name in ("vit.pth", "timm.pth"))
+    assert_same(ours, by_timm)
+    assert not ours.whole and by_timm.whole
+    assert "vit.pth: timm made [1, 257, 32] of pos_embed [1, 17, 32]" in caplog.text
+
+
+def test_windows_of_another_size_are_resampled_and_said_once(tmp_path, caplog):
+    library = filled(torchvision.models.SwinTransformer([2, 2], 8, [2, 2, 2], [2, 4, 4], [4, 4], num_classes=5))
+    torch.save(library.state_dict(), tmp_path / "swin.pth")
+    weights = read(
+        tmp_path / "swin.pth", "swin_tiny_patch4_window7_224", {**TIMM_SWIN, "img_size": 64, "window_size": 8}
+    )
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert weights[table].shape == weights.shapes[table] == (225, 2)
+    assert caplog.text.count("timm made") == 1
+    assert f"timm made [225, 2] of {table} [49, 2] and of 5 more" in caplog.text
 
 
 def test_selection_takes_the_classifier_too(vit, tmp_path):
@@ -310,6 +325,6 @@ def test_unknown_layout_and_other_family_are_named(vit, tmp_path):
     known = (
         r"has no layout that vit_tiny is known in \(timm, its original release, transformers, torchvision, MMPretrain\)"
     )
-    refused(unknown, rf"{known}; its keys look like trunk\.N\.mix\.a, trunk\.N\.mix\.b")
-    other = r"is a ViT or DeiT \(transformers layout\); convnext_tiny is a ConvNeXt"
+    refused(unknown, rf"{known}: its keys look like trunk\.N\.mix\.a, trunk\.N\.mix\.b")
+    other = r"has no layout that convnext_tiny is known in: it is a ViT or DeiT in transformers layout"
     refused(vit, other, "convnext_tiny", TIMM_STAGES)

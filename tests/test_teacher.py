@@ -69,7 +69,7 @@ def test_file_of_another_family_under_a_teachers_name_is_refused(small_teacher):
 
 def test_file_under_other_names_shows_one_of_them(small_teacher, tmp_path):
     torch.save({f"backbone.{key}": value for key, value in small_teacher[1].items()}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"has no layout that vit_tiny .*; its keys look like backbone\.cls_token, "):
+    with pytest.raises(UserError, match=r"has no layout that vit_tiny .*: its keys look like backbone\.cls_token, "):
         selected(tmp_path / "other.pth")
 
 

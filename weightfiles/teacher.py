@@ -41,8 +41,6 @@ def read_teacher(
     else:
         weights = open_weights(path, model_key)
         if _difference(weights.shapes, model):
-            weights, option = _renamed(weights, model, spec.name, path, option)
-        if _difference(weights.shapes, model):
             weights = _converted(weights, model, spec.name, path, option)
     if weights.whole:
         log.info("%s is read whole: %s", path, weights.whole)
@@ -70,31 +68,25 @@ def _kwargs_of(option: str) -> str:
     return f"{option.partition('_')[0]}_kwargs"
 
 
-def _renamed(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> tuple[Weights, str]:
-    """Put weights of another library under timm's names, and add the layout to the words that name the file.
-
-    Weights of no known layout are returned as they are.
-    """
+def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
+    """Put weights of another layout under timm's names for this model."""
+    _check_kernels(weights.shapes, option)
     try:
         found = layouts.to_timm(weights, model)
     except ValueError as error:
         raise UserError(f"{option} cannot be read as the weights of {name}: {error}") from error
     if found is None:
-        return weights, option
-    layout = found.layout
-    if layout.family != models.family_of(model):
-        raise UserError(f"{option} is a {layout.model} ({layout.library} layout); {name} is a {type(model).__name__}")
-    log.info(
-        "%s: %s layout of %s; left out: %s", path, layout.library, layout.model, ", ".join(found.left_out) or "none"
-    )
-    if note := layout.epsilon_note(model):
-        log.info("%s: %s", path, note)
-    return found.weights, f"{option} ({layout.library} layout)"
+        return _by_timm(weights, model, name, path, option)
+    if difference := _difference(found.weights.shapes, model):
+        raise UserError(f"{option} ({found.layout} layout) {difference} of {name}; see {_kwargs_of(option)}")
+    log.info("%s: %s layout; left out: %s", path, found.layout, ", ".join(found.unused) or "none")
+    for remark in found.remarks:
+        log.warning("%s: %s", path, remark)
+    return found.weights
 
 
-def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
-    """Let timm convert weights of its original release, or of another image or patch size, for this model."""
-    _check_kernels(weights.shapes, option)
+def _by_timm(weights: Weights, model: nn.Module, name: str, path: str | Path, option: str) -> Weights:
+    """Let timm convert weights of its original release, or of another image or patch size."""
     family = models.family_of(model)
     converter = models.FAMILIES[family].converter if family else None
     try:
@@ -104,10 +96,7 @@ def _converted(weights: Weights, model: nn.Module, name: str, path: str | Path, 
         converted = weights
     difference = _difference(converted.shapes, model)
     if difference and not _is_known(converted, model):
-        libraries = ", ".join(dict.fromkeys(layout.library for layout in layouts.LAYOUTS))
-        known = f"has no layout that {name} is known in (timm, its original release, {libraries})"
-        examples = list(dict.fromkeys(map(_pattern, weights)))[:5]
-        raise UserError(f"{option} {known}; its keys look like {', '.join(examples)}")
+        raise UserError(_unknown(weights, name, option))
     if difference:
         raise UserError(f"{option} {difference} of {name}; see {_kwargs_of(option)}")
     for key in {"patch_embed.proj.weight", "pos_embed"} & weights.shapes.keys() & converted.shapes.keys():
@@ -122,6 +111,16 @@ def _is_known(weights: Weights, model: nn.Module) -> bool:
     """Tell whether most of the tensors have a counterpart in the model, whatever the numbers of their layers."""
     names = set(map(_pattern, model.state_dict()))
     return sum(_pattern(key) in names for key in weights) > len(weights) / 2
+
+
+def _unknown(weights: Weights, name: str, option: str) -> str:
+    """Say that a file is in no layout that its model can be read from, and which it is in or what its keys look like."""
+    line = f"{option} has no layout that {name} is known in"
+    if layout := layouts.recognize(weights):
+        return f"{line}: it is a {layout.model} in {layout.library} layout"
+    examples = list(dict.fromkeys(map(_pattern, weights)))[:5]
+    known = ", ".join(("timm", "its original release", *layouts.LIBRARIES))
+    return f"{line} ({known}): its keys look like {', '.join(examples)}"
 
 
 def _pattern(key: str) -> str:

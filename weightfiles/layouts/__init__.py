@@ -1,43 +1,57 @@
 """Read files that other libraries wrote under timm's names: recognize their layout by its keys."""
 
+import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import models
 from weightfiles.layouts import mmpretrain, torchvision, transformers
 from weightfiles.layouts.layout import Layout
 from weightfiles.lazy import Weights
 from weightfiles.read import shapes_of
 
 LAYOUTS = (*transformers.LAYOUTS, *torchvision.LAYOUTS, *mmpretrain.LAYOUTS)
+LIBRARIES = tuple(dict.fromkeys(layout.library for layout in LAYOUTS))
+# timm's tensors that follow the image, the patches or the windows, and that its converters resample
+RESAMPLED = re.compile(r"pos_embed|patch_embed\.proj\.weight|.*\.relative_position_bias_table")
 
 
 class Converted(NamedTuple):
-    """A file's tensors under timm's names, the layout that they are in, and the file's keys that timm has no place for."""
+    """A file's tensors under timm's names; the library that wrote it; keys without a counterpart; what to say of it."""
 
     weights: Weights
-    layout: Layout
-    left_out: tuple[str, ...]
+    layout: str
+    unused: list[str]
+    remarks: list[str]
+
+
+def recognize(keys: Collection[str]) -> Layout | None:
+    """Find the layout that has most of the keys; None if no layout has more than half of them."""
+    best = max(LAYOUTS, key=lambda layout: layout.count(keys))
+    return best if best.count(keys) > len(keys) / 2 else None
 
 
 def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
     """Give tensors of another library under timm's names; each is read, and made of its parts, on request.
 
-    `model` is timm's: a tensor takes its shape if only axes of size 1 differ. Keys that the layout does not have keep
-    their names. None if most keys are of no known layout. Raises ValueError if tensors that timm joins do not match.
+    `model` is timm's: a tensor takes its shape if only axes of size 1 differ, and is resampled by timm if only the image,
+    the patches or the windows have other sizes. Keys that the layout does not have keep their names. None for an unknown
+    layout, and for one of another family of models. Raises ValueError if tensors that timm joins do not match.
     """
-    layout, places = _recognize(weights)
-    if layout is None:
+    layout = recognize(weights)
+    if layout is None or layout.family != models.family_of(model):
         return None
     expected = shapes_of(model.state_dict())
-    sources, left_out = _sources(weights, places)
+    sources, unused = _sources(layout, weights)
     for name in [name for name in sources if name.endswith("_bias") and name not in expected]:
         # most sizes of DINOv3 have biases of q and v that are all zero, and timm has models without them
         if not any(weights[key].any() for key in sources[name]):
-            left_out += sources.pop(name)
+            unused += sources.pop(name)
 
-    def make(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def make(name: str, tensors: list[Tensor]) -> Tensor:
         tensor, shape = layout.join(name, tensors), expected.get(name, ())
         same = [size for size in tensor.shape if size > 1] == [size for size in shape if size > 1]
         return tensor.reshape(shape) if same and name in expected else tensor
@@ -50,34 +64,43 @@ def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
         except (IndexError, RuntimeError, ValueError) as error:
             different = ", ".join(f"{key} {list(part)}" for key, part in zip(keys, parts, strict=True))
             raise ValueError(f"{different} do not fit together") from error
-    read = Weights(shapes, lambda name: make(name, [weights[key] for key in sources[name]]), weights.whole)
-    return Converted(read, layout, tuple(left_out))
+    named = Weights(shapes, lambda name: make(name, [weights[key] for key in sources[name]]), weights.whole)
+    resampled, remarks = _resampled(named, model, expected)
+    if note := layout.epsilon_note(model):
+        remarks.append(note)
+    return Converted(resampled, layout.library, unused, remarks)
 
 
-def _recognize(weights: Weights) -> tuple[Layout | None, dict[str, list[tuple[str, int]] | None]]:
-    """Find the layout that has most of the keys, and their places in it; None if no layout has more than half."""
-    best, known, places = None, len(weights) // 2, {}
-    for layout in LAYOUTS:
-        found = {key: layout.places(key) for key in weights}
-        count = sum(place is not None for place in found.values())
-        if count > known:
-            best, known, places = layout, count, found
-    return best, places
-
-
-def _sources(
-    weights: Weights, places: dict[str, list[tuple[str, int]] | None]
-) -> tuple[dict[str, list[str]], list[str]]:
+def _sources(layout: Layout, weights: Weights) -> tuple[dict[str, list[str]], list[str]]:
     """List the keys that make each of timm's tensors, in their order, and the keys that make none."""
-    parts, left_out = {}, []
+    parts, unused = {}, []
     for key in weights:
-        targets = [(key, 0)] if places[key] is None else places[key]
-        for name, position in targets:
+        places = layout.places(key)
+        for name, position in [(key, 0)] if places is None else places:
             at = parts.setdefault(name, {})
-            if position in at:  # two tensors for one place: the second keeps its name and will be refused
+            if position in at:  # two tensors for one place: the second keeps its name, which is none of timm's
                 parts[key] = {0: key}
             else:
                 at[position] = key
-        if not targets:
-            left_out.append(key)
-    return {name: [at[position] for position in sorted(at)] for name, at in parts.items()}, left_out
+        if places == []:
+            unused.append(key)
+    return {name: [at[position] for position in sorted(at)] for name, at in parts.items()}, unused
+
+
+def _resampled(weights: Weights, model: nn.Module, expected: dict[str, tuple[int, ...]]) -> tuple[Weights, list[str]]:
+    """Let timm resample what follows another size of image, patches or windows, and say so. It reads these at once."""
+    sized = [key for key in weights if RESAMPLED.fullmatch(key) and key in expected]
+    differing = [key for key in sized if weights.shapes[key] != expected[key]]
+    if not differing:
+        return weights, []
+    try:
+        made = models.FAMILIES[models.family_of(model)].converter({key: weights[key] for key in sized}, model)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return weights, []  # they are another model's: their shapes say so
+    shapes = weights.shapes | {key: tuple(made[key].shape) for key in differing}
+    remarks = []
+    for kind in dict.fromkeys(key.rpartition(".")[2] for key in differing):
+        first, *others = (key for key in differing if key.rpartition(".")[2] == kind)
+        more = f" and of {len(others)} more" if others else ""
+        remarks.append(f"timm made {list(shapes[first])} of {first} {list(weights.shapes[first])}{more}")
+    return Weights(shapes, lambda key: made[key] if key in differing else weights[key], weights.whole), remarks

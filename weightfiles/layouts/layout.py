@@ -1,7 +1,7 @@
 """What a library's layout is: its names for the tensors of a model, and timm's for the same tensors."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +36,14 @@ class Layout:
     @cached_property
     def _rows(self) -> list[tuple[re.Pattern, str]]:
         return [(re.compile(f"{self.prefix}(?:{pattern}){LEAF}"), name) for pattern, name in self.names.items()]
+
+    @cached_property
+    def _any_row(self) -> re.Pattern:
+        return re.compile(f"{self.prefix}(?:{'|'.join(self.names)}){LEAF}")
+
+    def count(self, keys: Iterable[str]) -> int:
+        """Count the keys that the layout has."""
+        return sum(self._any_row.fullmatch(key) is not None for key in keys)
 
     def places(self, key: str) -> list[tuple[str, int]] | None:
         """Find timm's names for a key, each with the key's position among the tensors joined there.

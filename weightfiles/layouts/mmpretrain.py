@@ -58,21 +58,29 @@ SWIN = {
     r".*\.(?:relative_position_index|attn_mask)|mask_token|data_preprocessor\..*": UNUSED,
 }
 
-# Without its prefix the ResNet has timm's names, apart from ResNetV1c's stem
+# without its prefix the ResNet has timm's names, apart from the deep stem of V1c and V1d
 RESNET = {
-    r"(conv1|bn1)": r"\1",
+    "(conv1|bn1)": r"\1",
     r"stem\.0\.conv": "conv1.0",
     r"stem\.0\.bn": "conv1.1",
     r"stem\.1\.conv": "conv1.3",
     r"stem\.1\.bn": "conv1.4",
     r"stem\.2\.conv": "conv1.6",
     r"stem\.2\.bn": "bn1",
-    r"(layer\d\.\d+\.(?:conv\d|bn\d|downsample\.\d))": r"\1",
+    r"(layer\d\.\d+\.(?:conv\d|bn\d))": r"\1",
+    r"(layer\d\.0\.downsample\.[01])": r"\1",
     r"head\.fc": "fc",
     r"data_preprocessor\..*": UNUSED,
 }
+# V1d pools before the convolution of a shortcut, but not in the first stage, where timm has an identity instead
+RESNET_V1D = {
+    r"layer1\.0\.downsample\.0": "layer1.0.downsample.1",
+    r"layer1\.0\.downsample\.1": "layer1.0.downsample.2",
+    r"(layer[234]\.0\.downsample\.[12])": r"\1",
+} | {pattern: name for pattern, name in RESNET.items() if "downsample" not in pattern}
 
 PREFIX = r"(?:backbone\.)?"
+NEEDED_PREFIX = r"(?:backbone\.|(?=head\.|data_preprocessor\.))"
 LAYOUTS = (
     Layout("MMPretrain", "ViT", "vit", VIT, PREFIX, epsilons={".*": 1e-6}),
     Layout("MMPretrain", "ConvNeXt", "convnext", CONVNEXT, PREFIX, epsilons={".*": 1e-6}),
@@ -85,5 +93,6 @@ LAYOUTS = (
         joins={r"layers\.\d\.downsample\..*": from_unfold},
         epsilons={".*": 1e-5},
     ),
-    Layout("MMPretrain", "ResNet", "resnet", RESNET, r"(?:backbone\.|(?=head\.|data_preprocessor\.))"),
+    Layout("MMPretrain", "ResNet", "resnet", RESNET, NEEDED_PREFIX),
+    Layout("MMPretrain", "ResNetV1d", "resnet", RESNET_V1D, NEEDED_PREFIX),
 )
