@@ -217,6 +217,7 @@ def vit() -> dict[str, torch.Tensor]:
 def test_tensors_without_counterpart_are_left_out_and_said(vit, tmp_path, caplog):
     unused = ("embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias")
     assert renamed(vit).unused == list(unused)
+    assert renamed({**vit, "lm_head.weight": torch.zeros(9, 32)}).unused == [*unused, "lm_head.weight"]
     torch.save(vit, tmp_path / "vit.pth")
     read(tmp_path / "vit.pth", "vit_tiny", TIMM_VIT)
     assert f"vit.pth: transformers layout; left out: {', '.join(unused)}" in caplog.text
@@ -300,9 +301,9 @@ def test_selection_takes_the_classifier_too(vit, tmp_path):
         ),
         (
             {"encoder.layer.0.lambda_1": torch.zeros(32)},
-            r"has encoder.layer.0.lambda_1, which is no tensor of vit_tiny",
+            r"encoder.layer.0.lambda_1 has no counterpart in timm's model",
         ),
-        ({"vit.layernorm.bias": torch.zeros(32)}, r"has vit.layernorm.bias, which is no tensor of vit_tiny"),
+        ({"vit.layernorm.bias": torch.zeros(32)}, r"layernorm.bias and vit.layernorm.bias are the same tensor"),
         (
             {"encoder.layer.0.attention.attention.key.bias": torch.zeros(3, 1)},
             r"query.bias \[32\], encoder.*key.bias \[3, 1\], encoder.*value.bias \[32\] do not fit together",

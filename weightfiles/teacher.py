@@ -93,7 +93,7 @@ def _by_timm(weights: Weights, model: nn.Module, name: str, path: str | Path, op
         tensors = converter(dict(weights), model) if converter else dict(weights)
         converted = Weights.in_memory(tensors, "timm converts its layout")
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        converted = weights
+        converted = weights  # of another layout or shape: how it differs says more than where the converter stopped
     difference = _difference(converted.shapes, model)
     if difference and not _is_known(converted, model):
         raise UserError(_unknown(weights, name, option))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import models
 from weightfiles.layouts import mmpretrain, torchvision, transformers
-from weightfiles.layouts.layout import Layout
+from weightfiles.layouts.layout import Layout, widened
 from weightfiles.lazy import Weights
 from weightfiles.read import shapes_of
 
@@ -38,8 +38,8 @@ def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
     """Give tensors of another library under timm's names; each is read, and made of its parts, on request.
 
     `model` is timm's: a tensor takes its shape if only axes of size 1 differ, and is resampled by timm if only the image,
-    the patches or the windows have other sizes. Keys that the layout does not have keep their names. None for an unknown
-    layout, and for one of another family of models. Raises ValueError if tensors that timm joins do not match.
+    the patches or the windows have other sizes. None for an unknown layout, and for one of another family of models. Raises
+    ValueError for a key amid the others that the layout does not have, and for tensors that timm joins but do not match.
     """
     layout = recognize(weights)
     if layout is None or layout.family != models.family_of(model):
@@ -72,35 +72,39 @@ def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
 
 
 def _sources(layout: Layout, weights: Weights) -> tuple[dict[str, list[str]], list[str]]:
-    """List the keys that make each of timm's tensors, in their order, and the keys that make none."""
+    """List the keys that make each of timm's tensors, in their order, and the keys that make none.
+
+    Keys that the layout does not have are a part of the model if they lie in one of its modules, and beside it otherwise.
+    """
+    places = {key: layout.places(key) for key in weights}
+    modules = {key.partition(".")[0] for key, place in places.items() if place}
     parts, unused = {}, []
-    for key in weights:
-        places = layout.places(key)
-        for name, position in [(key, 0)] if places is None else places:
-            at = parts.setdefault(name, {})
-            if position in at:  # two tensors for one place: the second keeps its name, which is none of timm's
-                parts[key] = {0: key}
-            else:
-                at[position] = key
-        if places == []:
+    for key, place in places.items():
+        if place is None and key.partition(".")[0] in modules:
+            raise ValueError(f"{key} has no counterpart in timm's model")
+        if not place:
             unused.append(key)
+        for name, position in place or []:
+            other = parts.setdefault(name, {}).setdefault(position, key)
+            if other != key:
+                raise ValueError(f"{other} and {key} are the same tensor")
     return {name: [at[position] for position in sorted(at)] for name, at in parts.items()}, unused
 
 
 def _resampled(weights: Weights, model: nn.Module, expected: dict[str, tuple[int, ...]]) -> tuple[Weights, list[str]]:
     """Let timm resample what follows another size of image, patches or windows, and say so. It reads these at once."""
     sized = [key for key in weights if RESAMPLED.fullmatch(key) and key in expected]
-    differing = [key for key in sized if weights.shapes[key] != expected[key]]
-    if not differing:
+    if all(weights.shapes[key] == expected[key] for key in sized):
         return weights, []
     try:
-        made = models.FAMILIES[models.family_of(model)].converter({key: weights[key] for key in sized}, model)
+        made = models.FAMILIES[models.family_of(model)].converter({key: widened(weights[key]) for key in sized}, model)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return weights, []  # they are another model's: their shapes say so
-    shapes = weights.shapes | {key: tuple(made[key].shape) for key in differing}
+    resampled = {key: made[key] for key in sized if made[key].shape != weights.shapes[key]}
     remarks = []
-    for kind in dict.fromkeys(key.rpartition(".")[2] for key in differing):
-        first, *others = (key for key in differing if key.rpartition(".")[2] == kind)
+    for kind in dict.fromkeys(key.rpartition(".")[2] for key in resampled):
+        first, *others = (key for key in resampled if key.rpartition(".")[2] == kind)
         more = f" and of {len(others)} more" if others else ""
-        remarks.append(f"timm made {list(shapes[first])} of {first} {list(weights.shapes[first])}{more}")
-    return Weights(shapes, lambda key: made[key] if key in differing else weights[key], weights.whole), remarks
+        remarks.append(f"timm made {list(made[first].shape)} of {first} {list(weights.shapes[first])}{more}")
+    shapes = weights.shapes | shapes_of(resampled)
+    return Weights(shapes, lambda key: resampled[key] if key in resampled else weights[key], weights.whole), remarks

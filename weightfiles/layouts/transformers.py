@@ -1,15 +1,13 @@
 """transformers' layouts: the names in its files, which are those of 4.x, and in memory since 5.0 (as of 5.24)."""
 
-import torch
 from torch import Tensor
 
-from weightfiles.layouts.layout import UNUSED, Layout
+from weightfiles.layouts.layout import UNUSED, Layout, widened
 
 
 def add_position(token: Tensor, positions: Tensor) -> Tensor:
-    """Add the class token's row of the position embedding to the token; in float32 or better."""
-    dtype = torch.promote_types(token.dtype, torch.float32)
-    return token.to(dtype) + positions[:, :1].to(dtype)
+    """Add the class token's row of the position embedding to the token."""
+    return widened(token) + widened(positions[:, :1])
 
 
 def without_first(positions: Tensor) -> Tensor:
