@@ -24,6 +24,7 @@ from images.images import Images, bad_of_all_ranks
 from images.settings import Augmentation
 from images.transforms import build_mixer
 from models.build import build_model, constructor_arguments
+from models.initial import initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options import peak_lr, plain
 from training import distributed
@@ -223,6 +224,7 @@ def make_model(options: argparse.Namespace, num_classes: int, device: torch.devi
         input_size=options.input_size,
         model_kwargs=constructor_arguments(options),
     )
+    initialize(model, options.init)
     return model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
 
 

@@ -289,6 +289,7 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
         (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
         (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
          f"--resume {o.resume}: a URL must be https://…#sha256=<64 hex digits>"),
+        (o.init == "timm" or not o.initialize, f"--init {o.init} is for random init, not with --initialize"),
         (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
          f"--initialize {o.initialize}: a URL must be https://…#sha256=<64 hex digits>"),
         (o.compile_mode == "default" or o.update_freq == 1,
@@ -325,6 +326,8 @@ def _training_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("initialization").add_argument
     add("--initialize", default="", metavar="FILE", help="a file of weight_selection.py, the folder it wrote to, or "
         "https://…#sha256=…; leave it out for the random-init baseline")
+    add("--init", choices=("timm", "xavier", "kaiming", "mimetic"), default="timm", help="random init: timm's own, or "
+        "a baseline of the paper's comparison; mimetic is for ViTs")
     add("--model_key", default="model|module", help="where in a nested file the weights are")
     add("--model_prefix", default="", help="prefix to remove from the file's keys")
 
