@@ -119,6 +119,8 @@ side_by_side "train_chain 0" "train_selected 2"
 side_by_side "train_chain 1" "train_chain 2"
 
 say "Comparing the three kinds of students"
-# without the teacher's sha256 among the settings: that a run is distilled says enough
-"$python" compare.py $out/students --ignore teacher --plot $out/curves.png --markdown $out/table.md
+# without the teacher's sha256 among the settings: that a run is distilled says enough; with a named baseline, because the
+# chain is not trained as random init is
+"$python" compare.py $out/students --ignore teacher --baseline $out/students/random-0 \
+    --plot $out/curves.png --markdown $out/table.md
 say "Done: $out/table.md has this table, $out/curves.png the curves"

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, or evaluate with `--eval true`. Return the last epoch's line of log.txt, or what was measured."""
     options = training_options(argv)
     device = distributed.pick_device(options.device)
+    distributed.set_determinism(options.deterministic)
     # Install the handlers last: a process blocked in rendezvous cannot run them.
     with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
         start_logging(quiet=not distributed.is_main())
@@ -64,13 +65,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(options: argparse.Namespace, device: torch.device, output_dir: Path | None, stop: StopSignals) -> dict:
     """Make one run, from its options to its last checkpoint."""
-    distributed.set_determinism(options.deterministic)
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     start = find_start(options, output_dir)
     given = plain(options)
     update_freq = options.update_freq if options.eval else start.check_settings(given, output_dir, precision.name)
     total_batch = options.batch_size * update_freq * distributed.world_size()
-    in_effect = {"lr": peak_lr(options, total_batch), "images_per_update": total_batch}
+    in_effect = {"lr": peak_lr(options, total_batch), "images_per_update": total_batch, "precision": precision.name}
     options = argparse.Namespace(**vars(options) | {"lr": in_effect["lr"]})
 
     train_images, val_images, num_classes = load_data(options)
@@ -106,6 +106,7 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     about = {"options": given, "initialization": start.source} | teacher
     if output_dir and distributed.is_main():
         about_code = {"environment": environment(device, distributed.world_size()), "revision": revision()}
+        in_effect |= counts(num_classes, train_images, val_images)
         run_folder.write_config(output_dir, about | {"in_effect": in_effect} | about_code)
         progress.best = start.bring_best(output_dir)
     about |= {"update_freq": update_freq, "processes": distributed.world_size(), "precision": precision.name}
@@ -202,6 +203,12 @@ def report_evaluation(start: Start, images: int, record: dict[str, float]) -> No
     if not start.path:
         log.warning("--eval true without --resume, --initialize or a checkpoint in --output_dir: random weights")
     log.info("%d images: %s", images, summary(record, {}))
+
+
+def counts(num_classes: int, train_images: Images, val_images: Images | None) -> dict[str, int | None]:
+    """Count classes and images for config.json, by which compare.py tells data sets of the same name apart."""
+    evaluation = len(val_images) if val_images else None
+    return {"classes": num_classes, "training_images": len(train_images), "evaluation_images": evaluation}
 
 
 def count_bad(images: tuple[Images, Images | None]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import compare
 from study.arms import ARMS
 from training.finished import FinishedRun, find_runs, read_runs
+from training.groups import START
 from utils import UserError, run_script
 
 METRIC = "test_acc1"
@@ -95,7 +96,7 @@ def check_teacher(arm: str, runs: list[FinishedRun]) -> None:
 def check_settings(runs: list[FinishedRun]) -> None:
     """Raise UserError unless the runs of a section differ only in initialization and seed."""
     for run in runs[1:]:
-        for name in sorted((run.settings.keys() | runs[0].settings.keys()) - {"initialize"}):
+        for name in sorted((run.settings.keys() | runs[0].settings.keys()) - START):
             if run.settings.get(name) != runs[0].settings.get(name):
                 raise UserError(f"{runs[0].folder} and {run.folder} cannot be compared: they differ in {name}")
 
@@ -183,19 +184,6 @@ def notes(sections: dict[str, Section], teachers: list[FinishedRun], out: Path) 
     return "\n".join([HOW_TO_READ, "", *reached, *ran, code]) + "\n"
 
 
-def draw_curves(summaries_by_data: dict[str, list[dict]], path: Path) -> None:
-    """Draw a panel of curves for each section."""
-    columns = min(2, len(summaries_by_data))
-    rows = -(-len(summaries_by_data) // columns)
-    figure = compare.new_figure(figsize=(7 * columns, 4.5 * rows))
-    for index, (name, summaries) in enumerate(summaries_by_data.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        compare.plot_curves(axes, summaries, METRIC)
-        axes.set_title(name, fontsize=13, loc="left")
-    figure.suptitle("mean over seeds, band: ± 1 standard deviation", fontsize=11, x=0.01, ha="left", color="#555555")
-    figure.savefig(path, dpi=120)
-
-
 def draw_gains(sections: dict[str, Section], path: Path) -> None:
     """Draw the gain of every arm over random init: a point for each pair of seeds, a bar for their mean."""
     rows = [
@@ -235,7 +223,7 @@ def report(roots: list[Path], out: Path) -> str:
         }
         if summaries_by_data:
             tables.append(table(question, summaries_by_data, out))
-            draw_curves(summaries_by_data, out / f"curves-{question.name}.png")
+            compare.draw(summaries_by_data, METRIC, out / f"curves-{question.name}.png")
     if not tables:
         raise UserError("no arm has both runs and runs of its baseline yet")
     draw_gains(sections, out / "gains.png")

@@ -19,6 +19,7 @@ import small_models
 import torch
 from PIL import Image
 
+import compare
 import main
 import models
 from bench import survive
@@ -149,6 +150,39 @@ def write_run(folder: Path, accuracies: list[float], *, seed=0, sha256=None, pro
     lines = [json.dumps({"epoch": epoch, "test_acc1": value}) for epoch, value in enumerate(accuracies)]
     (folder / "log.txt").write_text("".join(line + "\n" for line in lines))
     return folder
+
+
+def record(folder, **entries):
+    """Add to a run's config.json what a newer version of main.py writes there."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The folder of the test's runs."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def students(tmp_path):
+    """Write two runs without and three with initialization. The baseline ends at 40 and 50: 45 on average."""
+    for seed, values in enumerate([[10, 30, 40], [20, 52, 50]]):
+        write_run(tmp_path / "students" / f"random-{seed}", values, seed=seed)
+    for seed, values in enumerate([[46, 70, 60], [40, 45, 80], [30, 40, 44]]):
+        write_run(tmp_path / "students" / f"selected-{seed}", values, seed=seed, sha256="aa")
+    return tmp_path / "students"
+
+
+def groups_of(*arguments):
+    """The groups of the --json output."""
+    file = Path(arguments[0]).parent / "result.json"
+    compare.main([*map(str, arguments), "--json", str(file)])
+    return json.loads(file.read_text())["groups"]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def error_of(script, *arguments) -> str:

@@ -6,38 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import error_of, write_run
+from conftest import cells, error_of, groups_of, record, write_run
 
 import compare
 
 ROOT = Path(compare.__file__).parent
-
-
-@pytest.fixture
-def root(tmp_path):
-    """The folder of the test's runs."""
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def students(tmp_path):
-    """Write two runs without and three with initialization. The baseline ends at 40 and 50: 45 on average."""
-    for seed, values in enumerate([[10, 30, 40], [20, 52, 50]]):
-        write_run(tmp_path / "students" / f"random-{seed}", values, seed=seed)
-    for seed, values in enumerate([[46, 70, 60], [40, 45, 80], [30, 40, 44]]):
-        write_run(tmp_path / "students" / f"selected-{seed}", values, seed=seed, sha256="aa")
-    return tmp_path / "students"
-
-
-def groups_of(*arguments):
-    """The groups of the --json output."""
-    file = Path(arguments[0]).parent / "result.json"
-    compare.main([*map(str, arguments), "--json", str(file)])
-    return json.loads(file.read_text())["groups"]
-
-
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_figures_agree_with_hand_calculation(students):
@@ -55,7 +28,7 @@ def test_figures_agree_with_hand_calculation(students):
     assert selected["gain"] == pytest.approx({"mean": 25, "std": 50**0.5, "n": 2})
     # the baseline is not compared with itself
     assert random["epochs_to_baseline"] == {"mean": None, "std": None, "n": 0, "never": 0}
-    assert random["gain"]["n"] == 0
+    assert random["gain"]["n"] == 0 and (random["baseline"], selected["baseline"]) == (None, "random init")
     # seed 0: 46, 70, 60; 1: 40, 45, 80; 2: 30, 40, 44
     assert selected["curve"]["epoch"] == [0, 1, 2]
     assert selected["curve"]["mean"] == pytest.approx([116 / 3, 155 / 3, 184 / 3])
@@ -83,7 +56,7 @@ def test_one_seed_has_no_deviation(root, capsys):
 def test_curve_has_the_epochs_of_all_runs_and_their_later_lines(root):
     with (write_run(root / "whole", [10, 20, 30]) / "log.txt").open("a") as log:
         log.write('{"epoch": 2, "test_acc1": 40}\n')
-    late = write_run(root / "late", [0, 40, 50], seed=1, start_epoch=1)
+    late = write_run(root / "late", [0, 40, 50], seed=1, start_epoch=1, resume="checkpoint-0.pth")
     (late / "log.txt").write_text("".join((late / "log.txt").read_text().splitlines(keepends=True)[1:]))
     (group,) = groups_of(root)
     assert (group["curve"]["epoch"], group["curve"]["mean"], group["last"]["mean"]) == ([1, 2], [30, 45], 45)
@@ -93,89 +66,9 @@ def test_lower_loss_is_better(root):
     for name, losses in {"run": [2.0, 0.5, 1.0], "base": [1.5]}.items():
         log = write_run(root / name, losses) / "log.txt"
         log.write_text(log.read_text().replace("test_acc1", "test_loss"))
-    group = groups_of(root / "base", root / "run", "--metric", "test_loss")[1]
+    group = groups_of(root / "base", root / "run", "--metric", "test_loss", "--baseline", root / "base")[1]
     assert (group["best"]["mean"], group["last"]["mean"], group["gain"]["mean"]) == (0.5, 1, 0.5)
     assert group["epochs_to_baseline"]["mean"] == 2  # 0.5 is the first at or below the baseline's last, 1.5
-
-
-BIRDS, CARS = ({"data_set": "image_folder", "data_path": f"/one/{name}"} for name in ("birds", "cars"))
-ELSEWHERE = {"num_workers": 2, "device": "cpu", "data_path": "/a/x"}  # paths and the machine do not count
-LARGER = {"lr": 0.002, "model_kwargs": {"depth": 6, "embed_dim": 64}}
-SMALL, COPY = ({"sha256": "aa", "initialize": f"{name}/vit.pth"} for name in ("small", "copy"))
-LARGE = {"sha256": "bb", "initialize": "large/vit.pth"}
-
-
-@pytest.mark.parametrize(
-    ("runs", "groups"),
-    [
-        ([{}, {"epochs": 2, "seed": 1}], {"epochs=1": 1, "epochs=2": 1}),
-        (
-            [ELSEWHERE, {"num_workers": 0, "seed": 1}, LARGER],
-            {"lr=0.001, model_kwargs=unset": 2, "lr=0.002, model_kwargs={depth: 6, embed_dim: 64}": 1},
-        ),
-        (
-            [{"update_freq": 2}, {"batch_size": 32, "processes": 4, "seed": 1}, {"processes": 4}],
-            {"images_per_update=128": 2, "images_per_update=256": 1},
-        ),
-        ([BIRDS, BIRDS | {"data_path": "/two/birds", "seed": 1}, CARS], {"data_path=birds": 2, "data_path=cars": 1}),
-        ([CARS, CARS | {"eval_data_path": "/one/vans"}], {"eval_data_path=unset": 1, "eval_data_path=vans": 1}),
-        (
-            [SMALL, COPY | {"seed": 1}, LARGE],
-            {"initialize=small/vit.pth": 2, "initialize=large/vit.pth": 1},
-        ),
-        (
-            [{"sha256": "a" * 64}, {"sha256": "b" * 64}],
-            {"initialize=vit.pth (aaaaaaaa)": 1, "initialize=vit.pth (bbbbbbbb)": 1},
-        ),
-    ],
-)
-def test_settings_tell_groups_apart(root, runs, groups):
-    for number, options in enumerate(runs):
-        write_run(root / str(number), [10] * options.get("epochs", 1), **options)
-    assert {group["label"]: group["n"] for group in groups_of(root)} == groups
-
-
-def test_ignored_initialize_keeps_random_init_apart(root):
-    for name, sha256, seed in (("a", None, 0), ("b", "aa", 0), ("c", "bb", 1)):
-        write_run(root / name, [10], sha256=sha256, seed=seed)
-    groups = groups_of(root, "--ignore", "initialize")
-    assert [(group["label"], group["n"]) for group in groups] == [("random init", 1), ("initialize=any", 2)]
-    error = error_of(compare, root, "--ignore", "colour")
-    assert "--ignore colour: no such setting; the settings are data_set, epochs, images_per_update" in error
-
-
-def test_baseline_is_the_named_group(students, tmp_path):
-    folder = tmp_path / "elsewhere"
-    write_run(folder / "lr", [90, 90, 90], lr=0.5)
-    for wanted in ("random init, lr=0.5", folder, folder / "lr"):
-        groups = groups_of(students, folder, "--baseline", wanted)
-        assert [group["baseline"] for group in groups] == ["random init, lr=0.5"] * 3
-        assert groups[0]["label"] == "random init, lr=0.5"
-    error = error_of(compare, students, "--baseline", "nothing")
-    assert "--baseline nothing" in error and "random init; initialize=vit.pth" in error
-
-
-def test_each_model_and_data_set_has_its_own_baseline(students, root, capsys):
-    write_run(root / "a", [1, 2, 4], sha256="bb", data_set="CIFAR100")
-    write_run(root / "b", [1, 2, 3], data_set="CIFAR100")
-    write_run(root / "c", [7, 8, 9], sha256="cc", model="convnext_femto")  # no run starts from random weights
-    groups = groups_of(students, root)
-    digits, cifar = "random init, data_set=digits, model=unset", "random init, data_set=CIFAR100, model=unset"
-    assert [group["baseline"] for group in groups][2:] == [cifar, cifar, groups[4]["label"]]
-    assert [group["label"] for group in groups][::2] == [digits, cifar, groups[4]["label"]]
-    assert [group["gain"]["mean"] for group in groups] == [None, pytest.approx(25), None, 1, None]
-    assert f"Baseline: {digits}, which ends at 45.0 %; {cifar}, which ends at 3.0 %; init" in capsys.readouterr().out
-
-
-def test_run_named_twice_and_repeated_seed_count_once(root, capsys):
-    folder = write_run(root / "a", [10])
-    assert groups_of(folder, root, folder)[0]["n"] == 1
-    assert capsys.readouterr().err == ""
-    write_run(root / "b", [20])
-    (group,) = groups_of(root)
-    assert group["n"] == 1 and group["last"]["mean"] == 10
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "runs/b is left out: settings and seed 0 are those of" in error
 
 
 @pytest.mark.parametrize(
@@ -193,6 +86,10 @@ def test_run_named_twice_and_repeated_seed_count_once(root, capsys):
         ("config.json", "[]", "config.json or log.txt is damaged"),
         ("config.json", '{"options": {"lr": 1}}', "config.json or log.txt is damaged"),
         ("config.json", None, "config.json: No such file"),
+        ("config.json", "[" * 100_000, "config.json or log.txt is damaged"),
+        ("log.txt", '{"epoch": 1, "test_acc1": "high"}', "config.json or log.txt is damaged"),
+        ("log.txt", '{"epoch": 1, "test_acc1": NaN}', "config.json or log.txt is damaged"),
+        ("log.txt", '{"epoch": "1", "test_acc1": 50}', "config.json or log.txt is damaged"),
     ],
 )
 def test_unusable_run_is_named_and_the_others_compared(root, capsys, file, content, reason):
@@ -204,6 +101,33 @@ def test_unusable_run_is_named_and_the_others_compared(root, capsys, file, conte
     assert groups_of(root)[0]["n"] == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"runs/bad is left out: {reason}" in error
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": {"epochs": "2"}},
+        {"options": {"seed": [1]}},
+        {"options": {"batch_size": "64"}},
+        {"options": {"data_set": "IMNET", "data_path": 5}},
+        {"initialization": "vit.pth"},
+        {"initialization": {"path": "vit.pth"}},
+        {"environment": {"processes": None}},
+        {"teacher": {"sha256": 1}},
+        {"in_effect": [1]},
+        {"options": None},
+    ],
+    ids=str,
+)
+def test_description_of_another_kind_is_named(root, capsys, changed):
+    write_run(root / "good", [10, 20])
+    folder = write_run(root / "bad", [20, 30], seed=1)
+    options = changed.get("options")
+    config = json.loads((folder / "config.json").read_text())
+    record(folder, **changed | ({"options": config["options"] | options} if options else {}))
+    assert groups_of(root)[0]["n"] == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "runs/bad is left out: config.json or log.txt is damaged" in error
 
 
 def test_paths_without_runs_and_with_unusable_ones_are_errors(root, tmp_path):
@@ -232,6 +156,7 @@ def test_unwritable_output_and_missing_matplotlib_are_named(students, tmp_path, 
 def test_plot_is_a_picture(students, tmp_path):
     pytest.importorskip("matplotlib")
     write_run(students / "odd", [1, 2, 3], lr=5, aa="$x^{ | a rather long value that has to be wrapped in the legend")
+    write_run(students / "other", [1, 2, 3], model="$x^{")
     compare.main([str(students), "--plot", str(tmp_path / "new" / "curves.png")])
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

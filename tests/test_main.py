@@ -177,7 +177,14 @@ def test_short_recipe_trains_at_a_rate_that_fits_the_batch(tiny_run, tmp_path):
     script.main(words)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["options"]["lr"] is None and config["options"]["warmup_epochs"] == 0.2
-    assert config["in_effect"] == {"lr": 1e-3 * 16 / 512, "images_per_update": 16}
+    assert config["in_effect"] == {
+        "lr": 1e-3 * 16 / 512,
+        "images_per_update": 16,
+        "precision": "float32",
+        "classes": 3,
+        "training_images": 40,
+        "evaluation_images": 11,
+    }
     first, _ = read_log(tmp_path / "run")  # 2 of 4 updates: a warm-up of 0.4 updates is none
     assert first["train_lr"] == pytest.approx(1e-3 * 16 / 512 * (1 + 0.854) / 2, rel=0.05)
 

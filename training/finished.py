@@ -1,18 +1,25 @@
-"""Read finished runs of main.py from their folders. Standard library only, for compare.py and study/report.py."""
+"""Read finished runs of main.py from their folders. Standard library only, for compare.py, sweep.py and the study."""
 
+import functools
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from options import FREE_ON_RESUME
+from options import FREE_ON_RESUME, training_defaults
 from utils import UserError
+
+READING_IT = ("model_key", "model_prefix")  # options on how to read the file of --initialize
 
 
 class FinishedRun(NamedTuple):  # a dataclass would make compare.py -h wait for another import
     folder: Path
     seed: int
     settings: dict[str, str]  # "initialize" is the sha256 of the file, "" for random init
+    facts: dict[str, str]  # the precision and the numbers of images; {} for runs of older versions
+    recipe: str
     initialize_path: str
     values: dict[int, float]  # the metric by epoch, counted from 0
     last: float  # the metric after the last epoch
@@ -34,47 +41,100 @@ def find_runs(paths: list[Path]) -> list[Path]:
     return list(by_place.values())
 
 
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Return whether the run's log has its last epoch and, unless its checkpoints were deleted, its state is saved too.
+
+    A run that was killed between the two still has to save its last checkpoint.
+    """
+    try:
+        *_, line = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        last = json.loads(line)["epoch"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+    checkpoints = {path.name for path in folder.glob("checkpoint-[0-9]*.pth")}
+    return last == epochs - 1 and (not checkpoints or f"checkpoint-{last}.pth" in checkpoints)
+
+
 def read_run(folder: Path, metric: str) -> FinishedRun:
     """Read the finished run in `folder`; UserError says why there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+        config = json.loads(_text(folder / "config.json"))
+        settings = settings_of(config)
+        epochs, seed = (_whole(config["options"][name]) for name in ("epochs", "seed"))
+        initialize_path = str((config["initialization"] or {"path": ""})["path"])
+        in_effect = {name: _as_text(value) for name, value in config.get("in_effect", {}).items()}
+        recipe = _as_text(config["options"].get("recipe", "paper"))
+        records = [json.loads(line) for line in _text(folder / "log.txt").splitlines()]
         # main.py writes null for a value that was not finite
-        values = {record["epoch"]: record[metric] for record in records if record.get(metric) is not None}
-        initialization = config["initialization"] or {"sha256": "", "path": ""}
-        settings = settings_of(config["options"], config["environment"]["processes"], initialization["sha256"])
-        # what options left open, or a resumed run on other processes changed
-        settings |= {name: json.dumps(value) for name, value in config.get("in_effect", {}).items()}
-        if "teacher" in config:
-            settings["teacher"] = config["teacher"]["sha256"][:12]
-        epochs, seed = config["options"]["epochs"], config["options"]["seed"]
+        values = {
+            _whole(record["epoch"]): _finite(record[metric]) for record in records if record.get(metric) is not None
+        }
     except OSError as error:
         raise UserError(f"{Path(error.filename).name}: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"config.json or log.txt is damaged ({type(error).__name__}: {error})") from error
     if records and not values:
         raise UserError(f"no {metric} in log.txt, which has {', '.join(sorted(records[-1]))}")
     if epochs - 1 not in values:
         raise UserError(f"unfinished, {len(values)} of {epochs} epochs have {metric}")
-    return FinishedRun(folder, seed, settings, initialization["path"], values, last=values[epochs - 1])
+    facts = {name: value for name, value in in_effect.items() if name not in settings}
+    last = values[epochs - 1]
+    return FinishedRun(folder, seed, settings, facts, recipe, initialize_path, values, last)
 
 
-def settings_of(options: dict, processes: int, sha256: str) -> dict[str, str]:
-    """Return everything except the seed that can change the result, as text by name.
+def _text(file: Path) -> str:
+    if file.exists() and not file.is_file():  # reading a pipe would never end
+        raise ValueError(f"{file.name} is not a regular file")
+    return file.read_text(encoding="utf-8")
 
-    The initialization counts by its content, the batch by its images per update, a folder of images by its name.
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.50} is not a whole number")
+    return value
+
+
+def _finite(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"{value!r:.50} is not a finite number")
+    return value
+
+
+@functools.cache
+def _defaults() -> dict:
+    return training_defaults()
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True).replace('"', "")
+
+
+def settings_of(config: dict) -> dict[str, str]:
+    """Return everything in a run's config.json except the seed that can change the result, as text by name.
+
+    The initialization and the teacher count by their content, the batch by its images per update, a folder of images
+    by its name. Options that the run's version did not have yet count with their defaults. Raises TypeError, KeyError
+    or ValueError if config.json holds something else than main.py writes.
     """
+    options = _defaults() | config["options"]
+    batch = (options["batch_size"], options["update_freq"], config["environment"]["processes"])
     counted_otherwise = {"seed", "batch_size", "update_freq"}
     settings = {
-        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True).replace('"', "")
-        for name, value in options.items()
-        if name not in FREE_ON_RESUME | counted_otherwise
+        name: _as_text(value) for name, value in options.items() if name not in FREE_ON_RESUME | counted_otherwise
     }
-    settings["images_per_update"] = str(options["batch_size"] * options["update_freq"] * processes)
-    settings["initialize"] = sha256
+    settings["images_per_update"] = str(math.prod(map(_whole, batch)))
+    # what options left open, or a run changed that was resumed on other processes
+    settings |= {name: _as_text(value) for name, value in config.get("in_effect", {}).items() if name in settings}
+    settings["initialize"] = str((config["initialization"] or {"sha256": ""})["sha256"])
+    if not settings["initialize"]:  # without a file, the options on how to read it have no effect
+        settings = {name: value for name, value in settings.items() if name not in READING_IT}
+    if "teacher" in config:
+        settings["teacher"] = config["teacher"]["sha256"][:12]
     for name in ("data_path", "eval_data_path"):
         if options["data_set"] in ("image_folder", "IMNET") and options[name]:
-            settings[name] = Path(options[name]).name
+            settings[name] = os.path.basename(os.path.normpath(options[name]))
+    # fewer epochs, unless an earlier run made those before it
+    settings["start_epoch"] = str(0 if options["resume"] else options["start_epoch"])
     return settings
 
 
