@@ -11,16 +11,12 @@ share the work: on two cores, two calls with OMP_NUM_THREADS=1 get more done tha
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +24,11 @@ from pathlib import Path
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
 from study.studies import RATE_SEED, STUDIES
+from training.finished import is_finished
+from training.launch import say, work_off
 from utils import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
-POLL_SECONDS = 5.0  # how often to check on runs that another call works on
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,10 @@ class Place:
 
     def finished(self, run: Run) -> bool:
         """Return whether the run's whole log is in `results`."""
-        log = self.results / run.name / "log.txt"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return bool(lines) and json.loads(lines[-1])["epoch"] == run.epochs - 1
+        return is_finished(self.results / run.name, run.epochs)
+
+    def lock_file(self, run: Run) -> Path:
+        return self.work / f"{run.name}.lock"
 
     def best_rate(self, rates: dict[str, tuple[str, ...]], section: str, arm: str) -> str | None:
         """Return the learning rate with which an arm ended best on RATE_SEED; None until all were tried."""
@@ -101,34 +99,16 @@ class Place:
             measure = [[sys.executable, "-m", "study.untrained", f"{run.name}.untrained.json", *options]]
         return [*shuffle, select, *measure, [*train, "--initialize", file]]
 
-    def lock(self, run: Run) -> int | None:
-        """Return a file descriptor that holds the run's lock; None if another call or its leftover process has it.
-
-        The run's processes inherit the descriptor. So one that outlives a killed call keeps the next call out of its
-        folder.
-        """
-        path = self.work / f"{run.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    def make(self, run: Run, lock: int) -> None:
+    def make(self, run: Run, call: Callable[..., int]) -> None:
         """Run the commands, with their messages in a file beside the run's folder, and publish the log."""
         messages = self.work / f"{run.name}.txt"
         environment = os.environ | {"PYTHONPATH": python_path()}
         for command in self.commands(run):
             with open(messages, "a", encoding="utf-8") as file:
-                done = subprocess.run(
-                    command, cwd=self.work, env=environment, stdout=file, stderr=file, pass_fds=[lock]
-                )
-            if done.returncode:
+                code = call(command, cwd=self.work, env=environment, stdout=file, stderr=file)
+            if code:
                 last = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise UserError(f"{run.name} failed with code {done.returncode}: {' '.join(last)} (see {messages})")
+                raise UserError(f"{run.name} failed with code {code}: {' '.join(last)} (see {messages})")
         self.publish(run)
 
     def publish(self, run: Run) -> None:
@@ -152,22 +132,18 @@ def make_missing(runs: Callable[[], list[Run]], place: Place) -> None:
 
     `runs` lists them anew after each, because the best learning rate of an arm may be known then.
     """
-    while left := [run for run in runs() if not place.finished(run)]:
-        ready = (run for run in left if all(map(place.can_teach, run.needs)))
-        run, lock = next(((run, lock) for run in ready if (lock := place.lock(run)) is not None), (None, None))
-        if run is None:
-            time.sleep(POLL_SECONDS)
-            continue
-        try:
-            if not place.finished(run):  # another call may have finished it before the lock was free
-                say(f"{run.name}, about {run.minutes:.0f} minutes; {len(left)} runs are left")
-                place.make(run, lock)
-        finally:
-            os.close(lock)
 
+    def left() -> list[Run]:
+        return [run for run in runs() if not place.finished(run)]
 
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    def ready() -> list[Run]:
+        return [run for run in left() if all(map(place.can_teach, run.needs))]
+
+    def make(run: Run, call: Callable[..., int]) -> None:
+        say(f"{run.name}, about {run.minutes:.0f} minutes; {len(left())} runs are left")
+        place.make(run, call)
+
+    work_off(ready, place.lock_file, make)
 
 
 def listing(runs: list[Run], place: Place) -> str:
@@ -232,7 +208,6 @@ def link_data(data: Path, work: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise, so that subprocess.run ends the run as well
     try:
         carry_out(options)
     except OSError as error:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ import main
 import options
 import weight_selection
 from study import arms, report, run, runs, shuffle, studies, untrained
-from utils import UserError
+from training import launch
+from utils import STOPPED, UserError
 from weightfiles.read import read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +98,15 @@ def commands(monkeypatch):
     """The scripts that the study calls, here in this process."""
     called = []
 
-    def in_process(command, *, cwd, env, **_):
+    def in_process(_, command, *, cwd, env, **__):
         monkeypatch.chdir(cwd)
         assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
         _, script, *arguments = [word for word in command if word != "-m"]
         called.append(Path(script).name)
         SCRIPTS[called[-1]].main(arguments)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=in_process))
+    monkeypatch.setattr(launch.Commands, "call", in_process)
     return called
 
 
@@ -174,12 +174,13 @@ def hanging(call, tmp_path):
     os.mkfifo(tmp_path / "started")
     hang = "import os, pathlib, signal; pathlib.Path({!r}).write_text(str(os.getpid())); signal.pause()"
     (tmp_path / "code" / "main.py").write_text(hang.format(str(tmp_path / "started")))
-    start = "import pathlib; from study import run; run.ROOT = pathlib.Path({!r}); run.main({!r})"
+    start = "import pathlib, sys; from study import run; run.ROOT = pathlib.Path({!r}); "
+    start += "sys.exit(run.run_script(lambda: run.main({!r})))"
     start = start.format(str(tmp_path / "code"), [*call, "--only", "random-0"])
     process = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.DEVNULL)
     with open(tmp_path / "started") as file:  # waits until main.py writes
         hanging = int(file.read())
-    yield process, hanging, lambda: place.lock(locked)
+    yield process, hanging, lambda: launch.hold(place.lock_file(locked))
     process.kill()
     process.wait()
 
@@ -188,7 +189,7 @@ def test_a_terminated_study_ends_its_run(hanging):
     process, _, lock = hanging
     assert lock() is None
     process.terminate()
-    assert process.wait() == 143
+    assert process.wait() == STOPPED == 75
     os.close(lock())
 
 
