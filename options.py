@@ -1,4 +1,4 @@
-"""The options of both scripts: names, types, defaults, and the checks that need neither data nor model.
+"""The options of the scripts: names, types, defaults, and the checks that need neither data nor model.
 
 Standard library only, and imported before torch, so that `-h` and usage errors answer at once.
 """
@@ -158,9 +158,10 @@ def _changed(options: argparse.Namespace, names: list[str], parser: argparse.Arg
     return [name for name in names if getattr(options, name) != parser.get_default(name)]
 
 
-def training_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the validated options of main.py; end the process with code 2 on a usage error."""
+def training_options(argv: list[str] | None = None, *, program: str = "main.py") -> argparse.Namespace:
+    """Return the validated options of main.py; end the process with code 2 on a usage error, in the program's name."""
     parser = _training_parser()
+    parser.prog = program
     recipe = RECIPES[parser.parse_args(argv).recipe]
     parser.set_defaults(**recipe)
     options = parser.parse_args(argv)
@@ -171,6 +172,28 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     if problem:
         parser.error(problem)
     return options
+
+
+def sweep_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the validated options of sweep.py, and those that it hands on to main.py, as words.
+
+    End the process with code 2 on a usage error of either.
+    """
+    parser = _sweep_parser()
+    options, words = parser.parse_known_args(argv)
+    training = training_options(words, program=parser.prog)
+    refused = [
+        (options.seed is not None, "--seed is set for each run: --seeds N takes the seeds from 0 to N-1"),
+        (training.resume, "--resume is for one run: a sweep resumes each of its runs by itself"),
+        (training.eval, "--eval true trains nothing"),
+        (training.disable_eval, "--disable_eval true leaves nothing to compare"),
+        (not training.save_ckpt, "--save_ckpt false: a run could not be resumed; --save_ckpt_num 1 keeps the newest"),
+        (not training.auto_resume, "--auto_resume false: a sweep goes on where it was stopped"),
+    ]
+    problem = next((message for is_given, message in refused if is_given), None)
+    if problem:
+        parser.error(problem)
+    return options, words
 
 
 def training_defaults() -> dict:
@@ -258,6 +281,21 @@ def _add_refit(parser: argparse.ArgumentParser) -> None:
         help="how many to use; a fifth of them measures the refit")
     add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's)")
     add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+
+
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = _parser("sweep.py", "Train from random init and from selected weights with several seeds, then compare "
+        "the runs. All other options go to main.py: python main.py -h lists them.")
+    add = parser.add_argument
+    add("--initialize", required=True, nargs="+", action="extend", metavar="FILE",
+        help="start from these weights, as in main.py; each FILE is compared with random init")
+    add("--output_dir", required=True, metavar="FOLDER", help="for the runs, table.md and curves.png; the same command "
+        "goes on there")
+    add("--seeds", default=3, type=number(int, 1), metavar="N", help="how many")
+    add("--nproc_per_node", default=1, type=number(int, 1), metavar="N",
+        help="train each run on N processes, by torchrun")
+    add("--seed", help=argparse.SUPPRESS)
+    return parser
 
 
 def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:

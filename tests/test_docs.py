@@ -22,7 +22,7 @@ import engine
 import main as script
 import models
 import weight_selection
-from options import selection_options, training_options
+from options import selection_options, sweep_options, training_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -290,7 +290,12 @@ def test_timm_snippet_runs(page, selected):
     exec(snippet.replace("/path/to/weight_selection", str(selected)), {})
 
 
-PARSERS = {"main.py": training_options, "weight_selection.py": selection_options, "compare.py": compare.parse}
+PARSERS = {
+    "main.py": training_options,
+    "weight_selection.py": selection_options,
+    "compare.py": compare.parse,
+    "sweep.py": sweep_options,
+}
 
 
 @pytest.mark.parametrize("page", PAGES)

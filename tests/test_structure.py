@@ -17,6 +17,7 @@ LEVELS = [
     ["images"],
     ["datasets", "engine"],
     ["main", "weight_selection", "compare"],
+    ["sweep"],
     ["study", "bench"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -47,7 +48,9 @@ def test_modules_import_only_from_levels_below_their_own(name):
             assert other == name or LEVEL.get(other, -1) < LEVEL[name], f"{path.name} imports {other}"
 
 
-@pytest.mark.parametrize("module", ["options", "utils", "compare", "study.run", "study.report", "study.make_data"])
+@pytest.mark.parametrize(
+    "module", ["options", "utils", "compare", "sweep", "study.run", "study.report", "study.make_data"]
+)
 def test_what_has_to_answer_at_once_needs_only_python(module):
     code = f"import sys; sys.path.append({str(ROOT)!r}); import {module}"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)  # -S: without installed packages

@@ -1,0 +1,201 @@
+"""Train from random init and from selected weights with several seeds, one run after the other, and compare them.
+
+    python sweep.py --seeds 3 --initialize FILE --output_dir FOLDER [options of main.py]
+
+Each run is a process of main.py with its own folder in --output_dir. The same command goes on where it was stopped.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import compare
+from options import peak_lr, plain, sweep_options, training_options
+from training.finished import is_finished, settings_of
+from training.launch import say, work_off
+from utils import UserError, run_script
+
+MAIN = Path(__file__).with_name("main.py")
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node {} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+# (size of a group of processes, a process's rank there), as torchrun and MPI's launchers set them
+LAUNCHERS = (("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+
+
+class Run(NamedTuple):
+    folder: Path
+    words: list[str]  # the options of main.py as they are given to it
+    options: dict  # all of them, as they will stand in config.json
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def is_finished(self) -> bool:
+        return is_finished(self.folder, self.options["epochs"])
+
+
+def planned(files: list[str], seeds: int, words: list[str], output_dir: Path) -> list[Run]:
+    """Return the runs in order: seed by seed, and random init last, so that a file that does not fit fails at once."""
+    log_dir, runs = training_options(words).log_dir, []
+    for seed in range(seeds):
+        for arm, file in [*zip(arm_names(files), files, strict=True), ("random", "")]:
+            folder = output_dir / f"{arm}-{seed}"
+            own = ["--seed", str(seed), "--output_dir", str(folder)]
+            own += ["--initialize", file] if file else []
+            own += ["--log_dir", str(Path(log_dir, folder.name))] if log_dir else []
+            runs.append(Run(folder, [*words, *own], plain(training_options([*words, *own]))))
+    return runs
+
+
+def arm_names(files: list[str]) -> list[str]:
+    """Return distinct names for the files: without their endings, and if need be with their folders' names before."""
+    paths = [Path(file.partition("#")[0]) for file in files]
+    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    with_folders = [f"{path.absolute().parent.name}_{stem}" for path, stem in zip(paths, stems, strict=True)]
+    for names in (stems, with_folders):
+        if len({*names, "random"}) == len(names) + 1:
+            return names
+    raise UserError(f"--initialize {' '.join(files)}: their names are not distinct; a run's folder has its file's name")
+
+
+# ---- checks before the first run ----
+
+
+def check_launched_once() -> None:
+    """UserError, from the first process alone, if a launcher started several processes, or torchrun one."""
+    for size, rank in LAUNCHERS:
+        if os.environ.get(size, "") not in ("", "1") or (size == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" in os.environ):
+            if os.environ.get(rank, "") not in ("", "0"):
+                raise SystemExit(1)
+            raise UserError(
+                "sweep.py starts its runs itself: start it once, without torchrun or mpirun; --nproc_per_node N trains "
+                "each run on N processes"
+            )
+
+
+def check_files(files: list[str]) -> None:
+    for file in files:
+        if not file.startswith("https://") and not Path(file).exists():
+            raise UserError(f"--initialize {file}: there is no such file or folder")
+
+
+def check_settings(runs: list[Run], processes: int) -> None:
+    """UserError if a run in the folder was made with other options, or from a file that has changed since."""
+    for run in runs:
+        try:
+            config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+            then = compared(config)
+            path_then = (config["initialization"] or {"path": ""})["path"]
+        except (OSError, AttributeError, LookupError, TypeError, ValueError):
+            continue  # nothing to compare with: main.py writes a new one, or compare.py names the folder
+        now = compared(expected(run, processes, path_then))
+        differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+        if differing:
+            raise UserError(
+                f"{run.folder} was run with other options: {', '.join(differing)}; use those, or another --output_dir"
+            )
+
+
+def expected(run: Run, processes: int, path_then: str) -> dict:
+    """Return what the run's config.json will say. `path_then`: where an earlier call read the weights."""
+    options, file = run.options, run.options["initialize"]
+    images = options["batch_size"] * options["update_freq"] * processes
+    return {
+        "options": options,
+        "initialization": {"sha256": sha256_of(file, path_then)} if file else None,
+        "in_effect": {"lr": peak_lr(argparse.Namespace(**options), images), "images_per_update": images},
+        "environment": {"processes": processes},
+    }
+
+
+def compared(config: dict) -> dict[str, str]:
+    """Return what has to agree between the calls of a sweep; of the teacher, where it is."""
+    settings = settings_of(config)
+    start = f"sha256 {settings['initialize']:.12}"
+    return settings | {"initialize": start, "teacher_path": str(config["options"]["teacher_path"])}
+
+
+def sha256_of(location: str, path_then: str) -> str:
+    """Return the sha256 of what `--initialize` names now: the file, or that of the same name as then in the folder."""
+    if location.startswith("https://"):
+        return location.rpartition("=")[2].lower()
+    path = Path(location, Path(path_then).name) if Path(location).is_dir() else Path(location)
+    return _sha256(path) if path.is_file() else "missing"
+
+
+@functools.cache
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- the runs ----
+
+
+def train_missing(runs: list[Run], processes: int) -> dict[str, str]:
+    """Train the runs that are not finished; return {name: how it ended} of those that failed."""
+    failed: dict[str, str] = {}
+    tried: set[str] = set()
+
+    def left() -> list[Run]:
+        return [run for run in runs if run.name not in tried and not run.is_finished()]
+
+    def train(run: Run, call: Callable[..., int]) -> None:
+        check_settings(runs, processes)  # again: another call may have begun here since
+        say(f"{run.name}: {len(left())} of {len(runs)} runs are left")
+        tried.add(run.name)
+        code = call(command(run, processes))
+        if code and not (run.folder / "config.json").exists():
+            raise UserError(f"{run.name} failed before it trained ({ending(code)}), as others would; see its message")
+        if code or not run.is_finished():
+            failed[run.name] = ending(code) if code else "log.txt does not have its last epoch"
+            say(f"{run.name} failed ({failed[run.name]}), see its message")
+
+    work_off(left, lambda run: run.folder.with_name(f"{run.name}.lock"), train)
+    return failed
+
+
+def ending(code: int) -> str:
+    return f"code {code}" if code > 0 else signal.Signals(-code).name
+
+
+def command(run: Run, processes: int) -> list[str]:
+    return [sys.executable, *(TORCHRUN.format(processes).split() if processes > 1 else []), str(MAIN), *run.words]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, words = sweep_options(argv)
+    try:
+        sweep(options, words)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def sweep(options: argparse.Namespace, words: list[str]) -> None:
+    check_launched_once()
+    check_files(options.initialize)
+    output_dir = Path(options.output_dir)
+    runs = planned(options.initialize, options.seeds, words, output_dir)
+    check_settings(runs, options.nproc_per_node)
+    failed = train_missing(runs, options.nproc_per_node)
+    finished = [str(run.folder) for run in runs if run.is_finished()]
+    if finished:
+        curves = ["--plot", str(output_dir / "curves.png")] if find_spec("matplotlib") else []
+        if not curves:
+            say("no curves: they need the package matplotlib")
+        compare.main([*finished, "--markdown", str(output_dir / "table.md"), *curves])
+    if failed:
+        listed = ", ".join(f"{name} ({how})" for name, how in failed.items())
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {listed}; the same command tries them again")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
