@@ -185,6 +185,10 @@ def sweep(options: argparse.Namespace, words: list[str]) -> None:
     output_dir = Path(options.output_dir)
     runs = planned(options.initialize, options.seeds, words, output_dir)
     check_settings(runs, options.nproc_per_node)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from error
     failed = train_missing(runs, options.nproc_per_node)
     finished = [str(run.folder) for run in runs if run.is_finished()]
     if finished:

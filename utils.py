@@ -30,10 +30,12 @@ class UserError(Exception):
     """A mistake that the user can mend. `run_script` prints its message as one line and returns exit code 1."""
 
     def __init__(self, message: str):
-        # A message may quote text from an untrusted file, such as a tensor's name. Escape control characters, which
-        # would break the line or command the terminal.
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message[:LONGEST_ERROR])
-        super().__init__(line + "…" * (len(message) > LONGEST_ERROR))
+        super().__init__(escaped(message[:LONGEST_ERROR]) + "…" * (len(message) > LONGEST_ERROR))
+
+
+def escaped(text: str) -> str:
+    """Escape what is not printable in text from an untrusted file: it would break the line or command the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class Stopped(BaseException):

@@ -130,6 +130,17 @@ def test_description_of_another_kind_is_named(root, capsys, changed):
     assert error.count("\n") == 1 and "runs/bad is left out: config.json or log.txt is damaged" in error
 
 
+def test_control_characters_break_no_line(root, capsys, tmp_path):
+    write_run(root / "good", [10])
+    write_run(
+        root / "odd", [20], sha256="a\ud800", initialize="b\n.pth", lr="c\x1b[2J", data_set="IMNET", data_path="d\r"
+    )
+    compare.main([str(root), "--markdown", str(tmp_path / "table.md")])
+    text = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == text and all(line.isprintable() for line in text.split("\n"))
+    assert "on IMNET, data_path=d\\r" in text and "initialize=b\\n.pth" in text
+
+
 def test_paths_without_runs_and_with_unusable_ones_are_errors(root, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options import FREE_ON_RESUME, training_defaults
-from utils import UserError
+from utils import UserError, escaped
 
 READING_IT = ("model_key", "model_prefix")  # options on how to read the file of --initialize
 
@@ -26,7 +26,7 @@ class FinishedRun(NamedTuple):  # a dataclass would make compare.py -h wait for 
 
 
 def warn(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: warning: {escaped(message)}", file=sys.stderr)
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -61,7 +61,7 @@ def read_run(folder: Path, metric: str) -> FinishedRun:
         config = json.loads(_text(folder / "config.json"))
         settings = settings_of(config)
         epochs, seed = (_whole(config["options"][name]) for name in ("epochs", "seed"))
-        initialize_path = str((config["initialization"] or {"path": ""})["path"])
+        initialize_path = _as_text((config["initialization"] or {"path": ""})["path"])
         in_effect = {name: _as_text(value) for name, value in config.get("in_effect", {}).items()}
         recipe = _as_text(config["options"].get("recipe", "paper"))
         records = [json.loads(line) for line in _text(folder / "log.txt").splitlines()]
@@ -106,7 +106,7 @@ def _defaults() -> dict:
 
 
 def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True).replace('"', "")
+    return escaped(value) if isinstance(value, str) else json.dumps(value, sort_keys=True).replace('"', "")
 
 
 def settings_of(config: dict) -> dict[str, str]:
@@ -125,14 +125,14 @@ def settings_of(config: dict) -> dict[str, str]:
     settings["images_per_update"] = str(math.prod(map(_whole, batch)))
     # what options left open, or a run changed that was resumed on other processes
     settings |= {name: _as_text(value) for name, value in config.get("in_effect", {}).items() if name in settings}
-    settings["initialize"] = str((config["initialization"] or {"sha256": ""})["sha256"])
+    settings["initialize"] = _as_text((config["initialization"] or {"sha256": ""})["sha256"])
     if not settings["initialize"]:  # without a file, the options on how to read it have no effect
         settings = {name: value for name, value in settings.items() if name not in READING_IT}
     if "teacher" in config:
-        settings["teacher"] = config["teacher"]["sha256"][:12]
+        settings["teacher"] = escaped(config["teacher"]["sha256"])[:12]
     for name in ("data_path", "eval_data_path"):
         if options["data_set"] in ("image_folder", "IMNET") and options[name]:
-            settings[name] = os.path.basename(os.path.normpath(options[name]))
+            settings[name] = escaped(os.path.basename(os.path.normpath(options[name])))
     # fewer epochs, unless an earlier run made those before it
     settings["start_epoch"] = str(0 if options["resume"] else options["start_epoch"])
     return settings
