@@ -51,7 +51,7 @@ def planned(files: list[str], seeds: int, words: list[str], output_dir: Path) ->
             own = ["--seed", str(seed), "--output_dir", str(folder)]
             own += ["--initialize", file] if file else []
             own += ["--log_dir", str(Path(log_dir, folder.name))] if log_dir else []
-            runs.append(Run(folder, [*words, *own], plain(training_options([*words, *own]))))
+            runs.append(Run(folder, [*words, *own], plain(training_options([*words, *own], program="sweep.py"))))
     return runs
 
 

@@ -189,6 +189,13 @@ def test_lone_group_is_no_baseline_of_itself(root, sha256, capsys):
     assert "Baseline:" not in said and ("No baseline for initialize=vit.pth: no run" in said) == bool(sha256)
 
 
+def test_other_random_starts_are_compared_with_random_init(root):
+    for name, value, options in (("a", 5, {"init": "xavier"}), ("b", 10, {}), ("c", 30, {"sha256": "aa"})):
+        write_run(root / name, [value], **options)
+    gains = [(group["label"], group["gain"]["mean"]) for group in groups_of(root)]
+    assert gains == [("random init", None), ("xavier init", -5), ("initialize=vit.pth", 20)]
+
+
 def test_without_a_common_seed_the_gain_says_so(root, capsys):
     write_run(root / "a", [10], seed=1)
     write_run(root / "b", [20], sha256="aa")

@@ -222,6 +222,7 @@ USAGE = {
     "--eval true trains nothing": "--eval true",
     "--disable_eval true leaves nothing to compare": "--disable_eval true",
     "--save_ckpt false: a run could not be resumed": "--save_ckpt false",
+    "--init xavier is for random init, not with --initialize": "--init xavier",
     "--auto_resume false": "--auto_resume false",
     "argument --seeds: 0 is not at least 1": "--seeds 0",
 }

@@ -11,7 +11,7 @@ from utils import UserError
 
 # Groups that agree in these stand in one table.
 MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction", "classes", "training_images")
-START = {"initialize", *READING_IT}  # settings in which a run may differ from its baseline
+START = {"initialize", *READING_IT, "init"}  # settings in which a run may differ from its baseline
 OF_RECIPES = {name for values in RECIPES.values() for name in values}
 MOST_DIFFERENCES = 5  # that a line lists
 
@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        return not self.settings["initialize"]
+        return random_start(self.settings) == "random init"
 
     @property
     def name(self) -> str:
@@ -83,6 +83,12 @@ def table_titles(settings: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def random_start(settings: dict[str, str]) -> str:
+    """Return what to call a start from random weights: "random init", or by its --init; "" for one from a file."""
+    kind = settings.get("init", "timm")
+    return "" if settings["initialize"] else "random init" if kind == "timm" else f"{kind} init"
+
+
 def labels(groups: list[tuple[dict[str, str], list[FinishedRun]]]) -> list[str]:
     """Return a label for each group of a table, made of what differs among their settings, the initialization first."""
     settings, recipes = [each for each, _ in groups], [runs[0].recipe for _, runs in groups]
@@ -94,11 +100,11 @@ def labels(groups: list[tuple[dict[str, str], list[FinishedRun]]]) -> list[str]:
     }
     # how a file is read belongs to its name, and random init has no file
     reading = differing([each for each in settings if each["initialize"]], READING_IT)
-    has_start = not others or differing(settings, ["initialize"])
+    has_start = not others or differing(settings, ["initialize", "init"])
 
     def parts(each: dict[str, str], recipe: str) -> Iterator[str]:
         if has_start:
-            yield f"initialize={files[each['initialize']]}" if each["initialize"] else "random init"
+            yield random_start(each) or f"initialize={files[each['initialize']]}"
         if each["initialize"]:
             yield from (f"{name}={each[name]}" for name in reading)
         if by_recipe:
