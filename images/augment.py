@@ -78,17 +78,17 @@ class DeviceAugment:
         self.size, self.device, self.crop = view.input_size, torch.device(device), RandomCrop(view, augmentation)
         self.reprob, self.remode, self.recount = augmentation.reprob, augmentation.remode, augmentation.recount
         self.seed, self.generator = augmentation.seed, torch.Generator(self.device)  # of the noise in erased boxes
-        self.fill = torch.tensor([min(255, round(255 * value)) for value in view.mean], device=device).float()
+        self.fill = torch.tensor([min(255, round(255 * value)) for value in view.colours[0]], device=device).float()
         mean, std = torch.tensor(view.mean, dtype=torch.float64), torch.tensor(view.std, dtype=torch.float64)
-        self.scale = (1 / (255 * std)).float().to(device).view(3, 1, 1)
-        self.shift = (-mean / std).float().to(device).view(3, 1, 1)
+        self.scale = (1 / (255 * std)).float().to(device).view(-1, 1, 1)
+        self.shift = (-mean / std).float().to(device).view(-1, 1, 1)
         self.kernels = image_ops.interpolation_kernels(device)
 
     @torch.no_grad()
     def __call__(
         self, images: Tensor, epoch: int, indices: np.ndarray, key: tuple[int, int], shapes: np.ndarray | None
     ) -> Tensor:
-        """Augment and normalize: uint8 [batch, 3, H, W] on the device -> float [batch, 3, S, S].
+        """Augment and normalize: uint8 [batch, 3, H, W] on the device -> float [batch, channels, S, S].
 
         `shapes` int [batch, 2] are the images' own heights and widths, which differ from (H, W) if they are stored
         stretched: crops have their aspect in the image itself. None: the images come cropped and flipped, S x S.
@@ -112,6 +112,8 @@ class DeviceAugment:
         boxes, steps, erasing = self.to_device(*self.plan(epoch, indices, images.shape[2:], shapes))
         images = images.clone() if shapes is None else self._resize(images, boxes)
         apply(steps, images)
+        if len(self.scale) == 1:
+            images = image_ops.gray(images.float())
         images = (images * self.scale).add_(self.shift)
         apply(erasing, images)
         return images
@@ -180,7 +182,7 @@ class DeviceAugment:
         return steps
 
     def _erase(self, images: Tensor, boxes: Tensor) -> Tensor:
-        shape = images.shape if self.remode == "pixel" else (len(images), 3, 1, 1)
+        shape = images.shape if self.remode == "pixel" else (*images.shape[:2], 1, 1)
         if self.remode in ("pixel", "rand"):
             content = torch.randn(shape, generator=self.generator, device=self.device)
         else:

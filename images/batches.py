@@ -47,7 +47,7 @@ def make_val_loader(options: argparse.Namespace, images: Images, device: torch.d
 def train_batches(
     images: Images, order: TrainBatches, view: View, augmentation: Augmentation, loading: Loading
 ) -> "WorkerBatches | AugmentedBatches":
-    """Make one rank's training batches (float [batch, 3, S, S], class numbers [batch]): each iteration yields the epoch that `order` is set to."""
+    """Make one rank's training batches (float [batch, channels, S, S], class numbers [batch]): each iteration yields the epoch that `order` is set to."""
     by_timm = augmentation.augment == "timm"
     # built before the cache: options that it refuses should not cost hours of decoding
     augment = train_transform(view, augmentation) if by_timm else DeviceAugment(view, augmentation, loading.device)
@@ -93,7 +93,7 @@ def _from_workers(items: Dataset, batch_sampler, loading: Loading, persistent: b
 def eval_batches(
     images: Images, indices: Sequence[int], batch_size: int, view: View, loading: Loading
 ) -> "WorkerBatches | EvaluationBatches":
-    """Make batches (float [batch, 3, S, S], class numbers [batch]) of the images at `indices`; the values do not depend on the cache."""
+    """Make batches (float [batch, channels, S, S], class numbers [batch]) of the images at `indices`; the values do not depend on the cache."""
     if loading.cache == "none":
         transformed = TransformedImages(images, eval_transform(view))
         order = BatchSampler(indices, batch_size, drop_last=False)
@@ -145,7 +145,7 @@ class Resident:
 
 
 class AugmentedBatches:
-    """One rank's training batches, augmented on the training device: (float [batch, 3, S, S], class numbers [batch]).
+    """One rank's training batches, augmented on the training device: (float [batch, channels, S, S], class numbers [batch]).
 
     `pixels` are either `Resident`, and then `shapes` [images, 2] are the images' own heights and widths, which the crop
     needs; or batches of workers that crop, uint8 [batch, S, S, 3] in the order of `batch_sampler`, and `shapes` is None.
@@ -180,11 +180,11 @@ class AugmentedBatches:
 
 
 class EvaluationBatches:
-    """One rank's share of evaluation images that are `Resident` in their final size: (float [batch, 3, S, S], classes)."""
+    """One rank's share of evaluation images that are `Resident` in their final size: (float [batch, channels, S, S], classes)."""
 
     def __init__(self, pixels: "Resident", indices: Sequence[int], batch_size: int, view: View, device: torch.device):
         self.pixels, self.indices, self.batch_size, self.device = pixels, np.array(indices), batch_size, device
-        self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (view.mean, view.std))
+        self.mean, self.std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (view.mean, view.std))
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)

@@ -69,16 +69,16 @@ def blend(base: Tensor, images: Tensor, factors: Tensor) -> Tensor:
     return (base + factors * (images - base)).clamp_(0, 255).to(torch.uint8)
 
 
-def _gray(images: Tensor) -> Tensor:
-    """Convert float [batch, 3, H, W] to Pillow's mode L, float [batch, H, W]; float32 is exact up to 2**24."""
-    red, green, blue = images.unbind(1)
+def gray(images: Tensor) -> Tensor:
+    """Convert levels, float [..., 3, H, W], to Pillow's mode L, float [..., 1, H, W]; float32 is exact up to 2**24."""
+    red, green, blue = images.split(1, dim=-3)
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
     """Change the saturation by `factors` [batch]: 0 gives gray, 1 the image."""
     images = images.float()
-    return blend(_gray(images).unsqueeze(1), images, factors)
+    return blend(gray(images), images, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
@@ -116,10 +116,10 @@ def point_operations(images: Tensor, tables: Tensor, contrasts: Tensor, stretche
 
 
 def _contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
-    gray = _gray(images.float()).int()
-    pixels = gray[0].numel()
+    levels_of_gray = gray(images.float()).int()
+    pixels = levels_of_gray[0].numel()
     # (2 * sum + pixels) / (2 * pixels) is the mean rounded, in integers
-    mean = (gray.sum((1, 2)) * 2 + pixels).div(2 * pixels, rounding_mode="floor").float()
+    mean = (levels_of_gray.sum((1, 2, 3)) * 2 + pixels).div(2 * pixels, rounding_mode="floor").float()
     levels = torch.arange(256, dtype=torch.float32, device=images.device).expand(len(images), -1)
     return blend(mean.unsqueeze(1), levels, factors).unsqueeze(1).expand(-1, 3, -1)
 

@@ -1,11 +1,12 @@
 """Three groups of options as values: how the model sees an image, how training changes it, how it is loaded."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from models import MEAN_AND_STD
+from models.pixels import MeanAndStd, image_channels, mean_and_std
 from options import Settings
 
 
@@ -16,15 +17,26 @@ class View(Settings):
     input_size: int
     crop_pct: float | None  # evaluation: crop side / resized side
     imagenet_default_mean_and_std: bool  # or Inception's, 0.5 everywhere
+    channels: int = 3  # not an option, but what --model_kwargs says; 1: grey
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, **others) -> "View":
+        """Take main.py's options. UserError if its model takes images of other channels than grey or colour."""
+        return super().from_options(options, channels=image_channels(options.model_kwargs, "--model_kwargs"), **others)
+
+    @property
+    def colours(self) -> MeanAndStd:
+        """Mean and std of red, green and blue: images are augmented in colour, and become grey before normalization."""
+        return mean_and_std(self.imagenet_default_mean_and_std, 3)
 
     @property
     def mean(self) -> Sequence[float]:
-        """Per channel, of levels in [0, 1]."""
-        return MEAN_AND_STD[self.imagenet_default_mean_and_std][0]
+        """Per channel that the model sees, of levels in [0, 1]."""
+        return mean_and_std(self.imagenet_default_mean_and_std, self.channels)[0]
 
     @property
     def std(self) -> Sequence[float]:
-        return MEAN_AND_STD[self.imagenet_default_mean_and_std][1]
+        return mean_and_std(self.imagenet_default_mean_and_std, self.channels)[1]
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 
+from images.image_ops import gray
 from images.images import Images
 from images.settings import Augmentation, View
 from utils import Stream, UserError, derive_seed, seed_all
 
 
 def train_transform(view: View, augmentation: Augmentation) -> transforms.Compose:
-    """Build timm's training transform, PIL image to float [3, S, S]; UserError for a policy that timm does not know.
+    """Build timm's training transform, PIL image to float [channels, S, S]; UserError for a policy that timm does not know.
 
     Up to 32 px the crop is taken from the padded image, not resized from a part of it: CIFAR's usual recipe.
     """
-    aa, interpolation = augmentation.aa, augmentation.train_interpolation
+    aa, interpolation, (mean, std) = augmentation.aa, augmentation.train_interpolation, view.colours
     try:
         transform = timm.data.create_transform(
             view.input_size,
@@ -33,8 +34,8 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
             color_jitter=augmentation.color_jitter,
             auto_augment=None if aa in ("", "none", None) else aa,
             interpolation=interpolation,
-            mean=view.mean,
-            std=view.std,
+            mean=mean,  # the colour of what comes in from outside; the normalization is replaced below
+            std=std,
             re_prob=augmentation.reprob,
             re_mode=augmentation.remode,
             re_count=augmentation.recount,
@@ -50,12 +51,12 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
 
 
 def eval_transform(view: View) -> transforms.Compose:
-    """Build the evaluation transform, PIL image to float [3, S, S]: `eval_crop`, then normalization."""
+    """Build the evaluation transform, PIL image to float [channels, S, S]: `eval_crop`, then normalization."""
     return transforms.Compose([*eval_crop(view).transforms, ToNormalizedTensor(view.mean, view.std)])
 
 
 def evaluation_batches(images: Images, indices: Sequence[int], view: View, size: int) -> Iterator[Tensor]:
-    """Yield these images, as the evaluation sees them, in batches [size, 3, S, S]; the last may be smaller."""
+    """Yield these images, as the evaluation sees them, in batches [size, channels, S, S]; the last may be smaller."""
     transform = eval_transform(view)
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
         for start in range(0, len(indices), size):
@@ -81,17 +82,25 @@ def _resize(size: int) -> transforms.Resize:
 
 
 def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalize uint8 [..., H, W, 3] to float [..., 3, H, W], by mean and std [3, 1, 1], as ToTensor and Normalize do."""
+    """Normalize uint8 [..., H, W, 3] to float [..., 3, H, W], by mean and std [3, 1, 1], as ToTensor and Normalize do.
+
+    With mean and std [1, 1, 1], the image becomes grey before, as by Pillow's mode L: float [..., 1, H, W].
+    """
     # the same operations in the same order, so equal to the bit; in place, for speed
     planes = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    if len(mean) == 1:
+        planes = gray(planes)
     return planes.div_(255).sub_(mean).div_(std)
 
 
 class ToNormalizedTensor:
-    """ToTensor and Normalize in one, PIL image in RGB to float [3, H, W]: the same values in half the time."""
+    """ToTensor and Normalize in one, PIL image in RGB to float [channels, H, W]: the same values in half the time.
+
+    The channels are those of mean and std: 3, or 1 for a grey image.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+        self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (mean, std))
 
     def __call__(self, image: Image.Image) -> Tensor:
         return normalized(torch.from_numpy(np.array(image)), self.mean, self.std)
@@ -132,7 +141,7 @@ def _draws_from(seed: int) -> Iterator[None]:
 
 
 class TransformedImages(Dataset):
-    """Transformed images: (tensor [3, S, S] float, class index).
+    """Transformed images: (tensor [channels, S, S] float, class index).
 
     The key is (epoch, index) in training, where draws depend on (seed, epoch, index) alone, and an index in evaluation.
     """
@@ -159,7 +168,7 @@ class Mixer:
         self.mixup, self.seed = mixup, seed
 
     def __call__(self, images: Tensor, targets: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Mix images [batch, 3, H, W] in place; returns them and soft targets [batch, classes]. key = (step, chunk)."""
+        """Mix images [batch, channels, H, W] in place; returns them and soft targets [batch, classes]. key = (step, chunk)."""
         with _draws_from(derive_seed(Stream.MIX, self.seed, *key)):
             return self.mixup(images, targets)
 

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 
 import timm
 import torch
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from timm.models import get_deprecated_models, is_model, list_models, list_pretrained
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from models.pixels import image_channels
 from utils import UserError, first_line
 
 # timm builds its smaller ConvNeXts with 1x1 convolutions. The paper's have linear layers (conv_mlp=False) in every size,
@@ -29,11 +24,6 @@ VARIANTS = {
         f"convnext_{size}": (f"convnext_{size}", {"conv_mlp": False})
         for size in ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "xlarge")
     },
-}
-# by --imagenet_default_mean_and_std: mean and std per channel, of levels in [0, 1], by which images are normalized
-MEAN_AND_STD = {
-    True: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    False: (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
 }
 # arguments of timm's factory that load weights or place the model: only weightfiles/ may read a file
 RESERVED = frozenset(
@@ -142,7 +132,8 @@ def build_model(name: str, *, num_classes: int, input_size: int, model_kwargs: d
     if "img_size" not in given and takes_image_size(create(name, given, device="meta")):
         given["img_size"] = input_size
     model = create(name, given)
-    check_forward(model, f"--model {name}", input_size, num_classes)
+    shape = (image_channels(given, "--model_kwargs"), input_size, input_size)
+    check_forward(model, f"--model {name}", shape, num_classes)
     return model
 
 
@@ -153,17 +144,22 @@ def takes_image_size(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def check_forward(
-    model: nn.Module, name: str, input_size: int, num_classes: int | None, arguments: str = "--model_kwargs"
+    model: nn.Module,
+    name: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None,
+    arguments: str = "--model_kwargs",
 ) -> int:
-    """Return how many outputs the model gives for an image of `input_size` pixels.
+    """Return how many outputs the model gives for an image of `image_shape`: channels, height and width.
 
     Raises UserError unless it takes such images and the outputs are `num_classes` (None: any number). `name` and
     `arguments` are the options that name the model and its arguments.
     """
     try:
-        shape = list(model.eval()(torch.zeros(2, 3, input_size, input_size)).shape)
+        shape = list(model.eval()(torch.zeros(2, *image_shape)).shape)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{name} does not take images of {input_size} x {input_size}: {first_line(error)}"
+        size = " x ".join(map(str, image_shape[1:]))
+        reason = f"{name} does not take images of {size}: {first_line(error)}"
         raise UserError(f"{reason}; see --input_size and {arguments}") from error
     if shape != [2, num_classes or shape[-1]]:
         raise UserError(f"{name} gives {shape} for 2 images, not [2, {num_classes or 'features'}]; see {arguments}")

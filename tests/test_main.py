@@ -206,7 +206,7 @@ FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
         ("--opt adahessian", "--opt adahessian needs second derivatives"),
         ("--opt_betas 0.9", "--opt adamw cannot be built"),
         ("--model_kwargs img_size=16", r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
-        ("--model_kwargs in_chans=1", "--model vit_tiny does not take images of 32 x 32"),
+        ("--model_kwargs in_chans=4", "--model_kwargs in_chans=4: images have 3 channels or, in grey, 1$"),
         ("--model_kwargs global_pool=''", r"--model vit_tiny gives \[2, 17, 3\] for 2 images, not \[2, 3\]"),
         ("--model_kwargs num_classes=5", "the number of classes comes from the data"),
         ("--model_kwargs checkpoint_path=/x", "checkpoint_path=/x is not an argument of a model's shape"),

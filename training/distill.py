@@ -8,6 +8,7 @@ from timm.layers import Mlp
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from models.pixels import image_channels
 from options import mixes
 from training.teacher import Teacher, make_teacher
 from utils import Stream, UserError, derive_seed, first_line
@@ -103,7 +104,8 @@ def make_criterion(options: argparse.Namespace, classes: list[str] | int, model:
 @torch.no_grad()
 def pooled_width(model: nn.Module, options: argparse.Namespace) -> int:
     """Return the width of a model's pooled output. UserError if it is not one of timm's models that have one."""
-    images = torch.zeros(2, 3, options.input_size, options.input_size, device=next(model.parameters()).device)
+    shape = (image_channels(options.model_kwargs, "--model_kwargs"), options.input_size, options.input_size)
+    images = torch.zeros(2, *shape, device=next(model.parameters()).device)
     try:
         return model.eval().forward_head(model.forward_features(images), pre_logits=True).shape[1]
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import logging
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,45 +11,34 @@ from torch import Tensor, nn
 import models
 from models.build import check_forward
 from models.fit import check_fit
-from options import plain, training_defaults
+from models.pixels import MeanAndStd, Renormalize, for_channels, image_channels, mean_and_std
+from options import plain
 from training import distributed
-from training.checkpoint import (
-    BEST_CHECKPOINTS,
-    CHECKPOINT_FORMAT,
-    check_checkpoint,
-    newest_checkpoint,
-    numbered_checkpoints,
-)
+from training.trained import Trained, find_trained
 from utils import UserError
 from weightfiles.lazy import INDEX_SUFFIX, read_index
-from weightfiles.read import check_file, check_finite, check_plain, read_file, unwrap
+from weightfiles.read import check_finite
 from weightfiles.teacher import file_of, read_teacher
 
 log = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A frozen model that takes images as the student's run normalizes them.
+    """A frozen model that takes images as the student's run makes them, of other mean, std or channels than its own.
 
     `width` is the size of its outputs: classes or, if it has no head, pooled features. `source` is what has to be the
     same when a run is resumed: the sha256 of the file, the key of the weights in it, the model, and its arguments.
     """
 
-    def __init__(self, model: nn.Module, width: int, source: dict, mean_and_std: tuple, given: tuple):
-        """Freeze `model`, trained on images normalized by `mean_and_std`; it will get images normalized by `given`."""
+    def __init__(self, model: nn.Module, width: int, source: dict, trained_on: MeanAndStd, given: MeanAndStd):
+        """Freeze `model`, trained on images normalized by `trained_on`; it will get images normalized by `given`."""
         self.model, self.width, self.source = model.eval().requires_grad_(False), width, source
-        self.scale = self.shift = None
-        if tuple(map(tuple, mean_and_std)) != given:
-            (mean, std), (given_mean, given_std) = (
-                torch.tensor(each)[..., None, None] for each in (mean_and_std, given)
-            )
-            device = next(model.parameters()).device
-            self.scale, self.shift = (given_std / std).to(device), ((given_mean - mean) / std).to(device)  # [3, 1, 1]
+        self.renormalize = Renormalize(given, trained_on, next(model.parameters()).device)
 
     @torch.no_grad()  # not inference mode: what it returns takes part in the student's backward pass
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the model's outputs [batch, width] for images [batch, 3, H, W]."""
-        return self.model(images if self.scale is None else images * self.scale + self.shift)
+        """Return the model's outputs [batch, width] for images [batch, channels, H, W]."""
+        return self.model(self.renormalize(images))
 
 
 def make_teacher(options: argparse.Namespace, classes: list[str] | int, device: torch.device) -> Teacher:
@@ -74,95 +61,47 @@ def make_teacher(options: argparse.Namespace, classes: list[str] | int, device: 
     check_fit(tensors, model, f"{wanted}, but --teacher_path {path} does not fit {named.name}")
     model.load_state_dict(tensors)
     option = f"--teacher_model {named.name}"
-    width = check_forward(model, option, options.input_size, num_classes or None, "--teacher_kwargs")
+    channels = image_channels(named.kwargs, "--teacher_kwargs")
+    shape = (channels, options.input_size, options.input_size)
+    width = check_forward(model, option, shape, num_classes or None, "--teacher_kwargs")
     model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     if options.compile:
         model.compile()  # without CUDA graphs, whose outputs the student's graphs would overwrite
-    mean_and_std = named.mean_and_std or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-    log.info("teacher: %s from %s, for images of mean %s and standard deviation %s", named.name, path, *mean_and_std)
+    by_timm = for_channels((model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), channels)
+    trained_on = named.mean_and_std or by_timm
+    log.info("teacher: %s from %s, for images of mean %s and standard deviation %s", named.name, path, *trained_on)
     source = {"model": named.name, "kwargs": named.kwargs, "key": options.teacher_key, "sha256": sha256_of(path)}
-    given = models.MEAN_AND_STD[options.imagenet_default_mean_and_std]
-    return Teacher(model, width, plain(argparse.Namespace(**source)), mean_and_std, given)
+    seen = image_channels(options.model_kwargs, "--model_kwargs")
+    given = mean_and_std(options.imagenet_default_mean_and_std, seen)
+    if seen != channels:
+        grey, colour = "the grey images in three equal channels", "the images in grey"
+        log.info("teacher: it sees %s", grey if channels == 3 else colour)
+    return Teacher(model, width, plain(argparse.Namespace(**source)), trained_on, given)
 
 
-@dataclass(frozen=True)
-class Named:
-    """A teacher's model and where its weights are; more is known if they are in a checkpoint of main.py."""
-
-    name: str
-    kwargs: dict
-    path: Path | None = None  # None: timm knows where
-    state: dict | None = None  # the checkpoint
-    classes: list[str] | int | None = None
-    mean_and_std: tuple | None = None  # by which the images were normalized
-
-
-def find_teacher(options: argparse.Namespace) -> Named:
+def find_teacher(options: argparse.Namespace) -> Trained:
     """Find out what the options say of the teacher. UserError if there is no such file or they contradict it."""
     name, kwargs = options.teacher_model, options.teacher_kwargs
     if "num_classes" in kwargs:
         raise UserError(
             f"--teacher_kwargs num_classes={kwargs['num_classes']}: the number of classes comes from the data"
         )
-    if not options.teacher_path:
-        return Named(name, kwargs)
-    try:
-        path, state = open_path(Path(options.teacher_path))
-    except UserError as error:
-        raise UserError(f"--teacher_path: {error}") from error
-    if state is None:
-        if not name:
-            raise UserError(f"--teacher_path {path} is no checkpoint of main.py: name its model with --teacher_model")
-        return Named(name, kwargs, path)
-    then, classes = training_defaults() | state["options"], state["data"].get("classes")
-    of_run = then["model_kwargs"]
-    if not (isinstance(then["model"], str) and isinstance(of_run, dict) and isinstance(classes, int | list | None)):
-        raise UserError(f"--teacher_path {path}: the options or classes in this checkpoint are damaged")
-    if name and models.timm_arguments(name, {}) != models.timm_arguments(then["model"], {}):
-        raise UserError(f"--teacher_model {name}, but --teacher_path {path} is a checkpoint of {then['model']}")
-    if "img_size" not in of_run and models.takes_image_size(models.create(then["model"], of_run, device="meta")):
-        of_run = of_run | {"img_size": then["input_size"]}
-    for key, value in kwargs.items():
-        if of_run.get(key) != value:
-            problem = f"is a checkpoint of a model with {key}={of_run[key]}" if key in of_run else f"has no {key}"
-            raise UserError(f"--teacher_kwargs {key}={value}, but --teacher_path {path} {problem}")
-    mean_and_std = models.MEAN_AND_STD[bool(then["imagenet_default_mean_and_std"])]
-    return Named(then["model"], of_run, path, state, classes, mean_and_std)
+    trained = find_trained(name, kwargs, options.teacher_path, options.teacher_key, "--teacher")
+    if trained.name is None:
+        raise UserError(
+            f"--teacher_path {trained.path} is no checkpoint of main.py: name its model with --teacher_model"
+        )
+    return trained
 
 
-def open_path(path: Path) -> tuple[Path, dict | None]:
-    """Return the file that `--teacher_path` names, or the best or else newest checkpoint in the folder that it names.
-
-    Return also the training state in it if it is a checkpoint of main.py. UserError if it cannot be read.
-    """
-    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        best = path / BEST_CHECKPOINTS["test_acc1"]
-        if not best.exists():
-            newest = newest_checkpoint(numbered_checkpoints(path))
-            if newest is None:
-                raise UserError(f"{path} has no checkpoint of main.py: wanted {best.name} or checkpoint-<epoch>.pth")
-            return newest
-        path = best
-    check_file(path)
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        return path, None
-    state = read_file(path)
-    return path, check_checkpoint(path, state) if state.get("format") == CHECKPOINT_FORMAT else None
-
-
-def read_tensors(named: Named, model: nn.Module, key: str) -> tuple[dict[str, Tensor], Path]:
+def read_tensors(named: Trained, model: nn.Module, key: str) -> tuple[dict[str, Tensor], Path]:
     """Read the teacher's tensors, without a head that `model` does not have; return them and their file."""
     path = named.path
     if path is None:
         with distributed.main_first():
             path = file_of(named.name, model, "--teacher")
-    own = model.state_dict().keys()
-    if named.state:
-        tensors = unwrap(path, named.state, key)
-        check_plain(path, tensors)
-    else:
-        tensors = read_teacher(models.ModelSpec(named.name, named.kwargs), model, path, key, "--teacher")
-    left_out = () if model.num_classes else models.head_prefixes(model)
+    tensors = read_teacher(models.ModelSpec(named.name, named.kwargs), model, path, key, "--teacher")
+    own, left_out = model.state_dict().keys(), () if model.num_classes else models.head_prefixes(model)
     return {name: tensors[name] for name in tensors if name in own or not name.startswith(left_out)}, path
 
 

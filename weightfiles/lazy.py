@@ -16,6 +16,7 @@ from weightfiles.read import (
     check_plain,
     is_archive,
     open_archive,
+    read_file,
     read_weights,
     reading,
     shapes_of,
@@ -81,6 +82,22 @@ def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -
     if weights is None:
         weights = Weights.in_memory(read_weights(path, model_key), "a compressed archive is read whole")
     return weights
+
+
+def read_mapped(path: Path) -> Mapping | None:
+    """Read what an archive of torch.save holds besides tensors, which are mapped and may be damaged; None for other files.
+
+    So a checkpoint says what it is without a read of its gigabytes. Raises UserError as `open_weights` does.
+    """
+    check_file(path)
+    with reading(path):
+        if not is_archive(path):
+            return None
+        archive, _ = open_archive(path)
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            return read_file(path)
+        _test_all_but_tensors(archive)
+        return unpickle(path, mmap=True, map_location="cpu")
 
 
 # ---- safetensors ----
@@ -155,9 +172,7 @@ def _open_archive(path: Path, model_key: str) -> Weights | None:
         archive, asked = open_archive(path)
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             return None
-        for info in archive.infolist():
-            if "/data/" not in info.filename:
-                archive.read(info)  # zipfile compares it with its checksum
+        _test_all_but_tensors(archive)
         content = unpickle(path, map_location=noted, mmap=True)
         parts = _parts(archive, asked, storages)
     tensors = unwrap(path, content, model_key)
@@ -172,6 +187,12 @@ def _open_archive(path: Path, model_key: str) -> Weights | None:
         return tensor.detach()
 
     return Weights(shapes_of(tensors), read)
+
+
+def _test_all_but_tensors(archive: zipfile.ZipFile) -> None:
+    for info in archive.infolist():
+        if "/data/" not in info.filename:
+            archive.read(info)  # zipfile compares it with its checksum
 
 
 def _parts(
