@@ -72,6 +72,12 @@ def keyword(text: str) -> tuple[str, object]:
         return name, value
 
 
+def keyword_text(name: str, value: object) -> str:
+    """Write `name=value` so that `keyword` reads it back."""
+    text = f"{name}={value}"
+    return text if isinstance(value, str) and keyword(text) == (name, value) else f"{name}={value!r}"
+
+
 class Keywords(argparse.Action):
     """Collect `name=value …` into a dict."""
 
@@ -236,7 +242,8 @@ def _selection_parser() -> argparse.ArgumentParser:
         help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours (default: "
         "vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")
     add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
-        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz, or a checkpoint of main.py")
+        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz; or the folder or a checkpoint of a run of main.py, "
+        "which says what model it is")
     add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
     _keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for a custom size")
     add("--student_model", metavar="NAME", help="any smaller model of the same family")
@@ -279,7 +286,8 @@ def _add_refit(parser: argparse.ArgumentParser) -> None:
     add("--data_path", metavar="FOLDER", help="where they are; of image_folder, with or without folders of classes")
     add("--calibration_images", type=number(int, LEAST_IMAGES), default=1024, metavar="N",
         help="how many to use; a fifth of them measures the refit")
-    add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's)")
+    add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's, or the "
+        "teacher's run's)")
     add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
 
 

@@ -19,7 +19,7 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import ACTIVATION_RULES, LEAST_IMAGES, given_in_vain, needs_images, selection_options
+from options import ACTIVATION_RULES, LEAST_IMAGES, given_in_vain, keyword_text, needs_images, selection_options
 
 if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,27 +35,27 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 from datasets import load_unlabelled
 from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
+from models.pixels import Renormalize, image_channels, mean_and_std
 from selection.activations.scratch import BATCH, Calibration
-from selection.families import FAMILIES
-from selection.family import Layout
-from selection.match import match
+from selection.pair import build, count_classes, make_outline, outline_without_heads
 from selection.picture import check_plot, draw
 from selection.plan import Outline, choose
 from selection.refit import Refit
 from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.tensors import magnitudes, select
+from training.trained import Trained, find_trained
 from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
 from weightfiles.initialization import check_replaceable, write_initialization
 from weightfiles.lazy import Weights
-from weightfiles.read import WEIGHT_SUFFIXES, check_finite, shapes_of
+from weightfiles.read import WEIGHT_SUFFIXES, check_finite
 from weightfiles.teacher import read_teacher
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,13 @@ PUBLISHED = Choices()
 
 @dataclass(frozen=True)
 class OnImages:
-    """Images to run the teacher on, for the rules by activation; with `refit` also to refit the student."""
+    """Images for the rules by activation; with `refit` also to refit the student.
+
+    They are as the student sees them, and `to_teacher` makes the teacher's of them.
+    """
 
     images: Calibration
+    to_teacher: Renormalize
     refit: Refit | None = None
 
 
@@ -88,22 +93,23 @@ def select_weights(
 
     Raises UserError if the pair does not fit or the weights are not this teacher's.
     """
-    if pretrained_path and not os.path.isfile(pretrained_path):
-        problem = "is not a file" if os.path.exists(pretrained_path) else "does not exist"
-        raise UserError(f"--pretrained_path {pretrained_path} {problem}")
     student_model, family = build(student)
     teacher_model, teacher_family = build(teacher)
     if teacher_family != family:
         raise UserError(f"{teacher.name} is of the family {teacher_family}, {student.name} of the family {family}")
+    outline = outline_without_heads(teacher_model, student_model, choices)  # before anything is read or downloaded
     weights, classes = None, 0
     if not plan_only or choices.element_selection == "magnitude" or on_images:
         weights = read_teacher(teacher, teacher_model, pretrained_path, model_key)
     if include_head:
-        classes = _count_classes(weights, teacher_model, teacher.name)
+        classes = count_classes(weights, teacher_model, teacher.name)
         student = replace(student, kwargs={"num_classes": classes, **student.kwargs})
         student_model, _ = build(student)
-    outline = make_outline(teacher_model, student_model, choices, include_head=include_head, weights=weights)
-    running = on_images and Running(teacher, teacher_model, student_model, weights, on_images.images, classes)
+        outline = make_outline(teacher_model, student_model, choices, include_head=True, weights=weights)
+    running = None
+    if on_images:
+        seen = on_images.images, classes, on_images.to_teacher
+        running = Running(teacher, teacher_model, student_model, weights, *seen)
     plan = choose(outline, choices, _scores(outline, choices.element_selection, weights, running))
     tensors = {} if plan_only else select(weights, plan)
     check_finite(tensors, pretrained_path or teacher.name)
@@ -124,32 +130,6 @@ def select_weights(
     }
 
 
-def build(spec: ModelSpec) -> tuple[nn.Module, str]:
-    """Build a model without values and name its family. Raises UserError if there is no such model or family."""
-    model = models.create(spec.name, spec.kwargs, device="meta")
-    family = models.family_of(model)
-    if family is None:
-        known = ", ".join(f"{name} ({family.kind.__name__})" for name, family in models.FAMILIES.items())
-        raise UserError(f"{spec.name} is a {type(model).__name__}; the families to select from are {known}")
-    return model, family
-
-
-def make_outline(
-    teacher: nn.Module, student: nn.Module, choices: Choices, *, include_head: bool, weights: Weights | None
-) -> Outline:
-    """Match a pair of models of one family.
-
-    If the head is taken, its shapes are those in the file: a trained head may have other classes than timm's model of
-    that name.
-    """
-    family = FAMILIES[models.family_of(student)]
-    left_out = () if include_head else models.head_prefixes(student)
-    layout = Layout.of(teacher, family, left_out)
-    if include_head and weights is not None:
-        layout = replace(layout, shapes=layout.shapes | weights.shapes)
-    return match(family, layout, Layout.of(student, family, left_out), choices)
-
-
 def _scores(
     outline: Outline, rule: str, weights: Weights | None, running: Running | None
 ) -> dict[str, np.ndarray] | None:
@@ -163,15 +143,6 @@ def _scores(
 def _described(spec: ModelSpec) -> dict:
     name, kwargs = models.timm_arguments(spec.name, spec.kwargs)
     return {"model": name, "kwargs": kwargs}
-
-
-def _count_classes(weights: Weights | None, model: nn.Module, name: str) -> int:
-    """Count the classes of the teacher's classifier: those in its file, or else those of timm's model."""
-    shapes = shapes_of(model.state_dict()) if weights is None else weights.shapes
-    bias = next((key for key in ("head.fc.bias", "head.bias", "fc.bias") if key in shapes), None)
-    if bias is None:
-        raise UserError(f"--include_head: {name} has no classifier to take")
-    return shapes[bias][0]
 
 
 # ---- the script ----
@@ -195,13 +166,11 @@ def main(argv: list[str] | None = None) -> Path | None:
         log.info("--refit: --element_selection %s and --heads %s", rule, heads)
     if needs_images(options):
         scratch = Path() if options.plan else next(folder for folder in path.absolute().parents if folder.exists())
-        images = calibration_images(options, student, scratch)
-        refit = Refit(options.ridge, options.refit_target, options.refit_layers) if options.refit else None
-        on_images = OnImages(images, refit)
+        on_images = calibration_images(options, teacher, student, scratch)
     tensors, description = select_weights(
-        teacher,
+        ModelSpec(teacher.name, teacher.kwargs),
         student,
-        pretrained_path=options.pretrained_path,
+        pretrained_path=teacher.path and str(teacher.path),
         model_key=options.model_key,
         choices=Choices(options.layer_selection, rule, heads, options.seed),
         include_head=options.include_head,
@@ -221,25 +190,55 @@ def main(argv: list[str] | None = None) -> Path | None:
     sha256 = write_initialization(path, tensors, description)
     count = sum(tensor.numel() for tensor in tensors.values())
     what = f"{len(tensors)} tensors, {count:,} values for {student.name} from {teacher.name}"
-    print(f"{path}: {what}, sha256 {sha256[:12]}…")
+    print(f"{path}: {what}, sha256 {sha256[:12]}…; {how_to_train(options, teacher, student, path)}")
     return path
 
 
-def calibration_images(options: argparse.Namespace, student: ModelSpec, folder: Path) -> Calibration:
+def calibration_images(options: argparse.Namespace, teacher: Trained, student: ModelSpec, folder: Path) -> OnImages:
     """Draw the images of --data_path by --seed and keep them in a file in `folder`, as main.py's evaluation sees them."""
     images = load_unlabelled(options.data_set, options.data_path)
     if len(images) < LEAST_IMAGES:
         raise UserError(f"--data_path {options.data_path} has {len(images)} images; at least {LEAST_IMAGES} are needed")
     chosen = permutation(len(images), Stream.CALIBRATION, options.seed)[: options.calibration_images]
-    size = options.input_size or image_size(build(student)[0])
-    view = View(size, None, options.imagenet_default_mean_and_std)
-    about = {"data_set": options.data_set, "input_size": size, "mean": list(view.mean), "std": list(view.std)}
-    return Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)
+    height, width = image_size(build(student)[0]) or [teacher.input_size or 224] * 2
+    if height != width:
+        raise UserError(f"the student's images are {height} x {width}: a refit needs square ones")
+    imagenet, channels = options.imagenet_default_mean_and_std, image_channels(student.kwargs, "--student_kwargs")
+    view = View(options.input_size or height, None, imagenet, channels)
+    seen = mean_and_std(imagenet, image_channels(teacher.kwargs, "--pretrained_kwargs"))
+    if teacher.mean_and_std not in (None, seen):
+        text = "%s was trained with --imagenet_default_mean_and_std %s, and sees images with %s"
+        log.warning(text, teacher.path, teacher.imagenet, imagenet)
+    about = {"data_set": options.data_set, "input_size": view.input_size}
+    about |= {"mean": list(view.mean), "std": list(view.std)}
+    calibration = Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)
+    refit = Refit(options.ridge, options.refit_target, options.refit_layers) if options.refit else None
+    return OnImages(calibration, Renormalize((view.mean, view.std), seen), refit)
 
 
-def _pair(options: argparse.Namespace) -> tuple[ModelSpec, ModelSpec, str]:
+def how_to_train(options: argparse.Namespace, teacher: Trained, student: ModelSpec, path: Path) -> str:
+    """Write the command that trains from the file at `path`, or say why main.py cannot train this student."""
+    kwargs = {name: value for name, value in student.kwargs.items() if name not in ("num_classes", "img_size")}
+    given = options.input_size if needs_images(options) else None
+    height, width = image_size(build(student)[0]) or [given or teacher.input_size or 224] * 2
+    if height != width or kwargs.get("in_chans", 3) not in (1, 3):
+        wants = f"{height} x {width} px and {kwargs.get('in_chans', 3)} channels"
+        return f"main.py trains on square images of 3 channels or 1, but this student takes {wants}"
+    script = Path(__file__).with_name("main.py")
+    words = ["python3", os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
+    words += ["--model", student.name, "--input_size", str(height), "--initialize", str(path)]
+    if kwargs:
+        words += ["--model_kwargs", *(keyword_text(name, value) for name, value in kwargs.items())]
+    imagenet = options.imagenet_default_mean_and_std if needs_images(options) else teacher.imagenet
+    if imagenet is False:
+        words += ["--imagenet_default_mean_and_std", "false"]
+    return f"to train from it, add --data_path to:\n{shlex.join(words)}"
+
+
+def _pair(options: argparse.Namespace) -> tuple[Trained, ModelSpec, str]:
     """The teacher, the student and their family. The student decides the family, else --model_type, else the teacher."""
-    teacher, student = options.pretrained_model, options.student_model
+    named, kwargs, student = options.pretrained_model, options.pretrained_kwargs, options.student_model
+    teacher = find_trained(named, kwargs, options.pretrained_path, options.model_key, "--pretrained")
     if student:
         _, family = build(ModelSpec(student, options.student_kwargs))
         if options.model_type not in (None, family):
@@ -248,19 +247,24 @@ def _pair(options: argparse.Namespace) -> tuple[ModelSpec, ModelSpec, str]:
     elif options.model_type:
         family = options.model_type
     else:
-        family = build(ModelSpec(teacher, options.pretrained_kwargs))[1] if teacher else "vit"
-    defaults = models.FAMILIES[family]
-    return (
-        ModelSpec(teacher or defaults.teacher, options.pretrained_kwargs),
-        ModelSpec(student or defaults.student, options.student_kwargs),
-        family,
-    )
+        family = build(ModelSpec(teacher.name, teacher.kwargs))[1] if teacher.name else "vit"
+    if teacher.name is None:
+        teacher = replace(teacher, name=models.FAMILIES[family].teacher)
+        text = "no --pretrained_model is given: the teacher%s is taken for %s, the default of the family %s"
+        log.info(text, f" in {teacher.path}" if teacher.path else "", teacher.name, family)
+    return teacher, ModelSpec(student or models.FAMILIES[family].student, options.student_kwargs), family
 
 
 def _log_remarks(options: argparse.Namespace, description: dict) -> None:
     """Log what is not a plain copy, and each option that has no effect."""
     for note, count in description["plan"]["notes"].items():
         log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
+    chosen = [group for kind in ("layers", "groups") for group in description["plan"][kind].values()]
+    if all(len(group["indices"]) == group["teacher_size"] for group in chosen):
+        teacher, student = (description[role]["model"] for role in ("teacher", "student"))
+        log.warning(
+            "nothing is smaller in the student, %s, than in the teacher, %s: all of it is taken", student, teacher
+        )
     if options.heads and description["choices"]["heads"] is None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
     if not needs_images(options):

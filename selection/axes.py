@@ -62,8 +62,8 @@ class AxisGroups:
 
     def axis(self, pair: TensorPair, number: int, word: str) -> Axis:
         """Split an axis of a tensor into the factors that its word in the family's table names; record their sizes."""
-        if word == "~":
-            return None  # resampled whole
+        if word in ("~", "rgb"):
+            return None  # changed whole, by a step of selection.positions
         names = self._names(word)
         teacher_counts = [self._teacher.counts.get(self._layers.in_teacher(name)) for name in names]
         student_counts = [self._student.counts.get(name) for name in names]

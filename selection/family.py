@@ -28,8 +28,8 @@ class Family:
     `axes` maps a model's shapes to its table: a pattern of names -> a word per axis. A word names an axis group. Its
     indices are chosen once and used by every tensor on it, so that each channel one tensor writes is the channel that
     the next one reads. A word may be a product, outermost factor first: "3*g" is three blocks, each cut like g;
-    "a.heads*a.slots" is the channels of each head. "-" is kept whole and in order, "~" is resampled. Axes without a word
-    are kept.
+    "a.heads*a.slots" is the channels of each head. "-" is kept whole and in order, "~" is resampled, "rgb" is adapted to
+    the channels of the student's images. Axes without a word are kept.
     """
 
     axes: Callable[[Shapes], Mapping[str, str]]

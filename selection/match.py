@@ -11,7 +11,7 @@ from selection.axes import AxisGroups, TensorPair, head_rule, heads_are_fixed
 from selection.family import MUST_AGREE, Family, Layout, Refused
 from selection.layers import LayerMap, any_layer
 from selection.plan import Outline, Source
-from selection.positions import TOKENS, StepsAndNotes, merged_row_steps, resampling_steps
+from selection.positions import TOKENS, StepsAndNotes, merged_row_steps, size_steps
 from selection.rules import Choices
 
 
@@ -100,9 +100,7 @@ class _Matching:
             raise Refused("unknown tensor", f"{key} is not a tensor that this family knows how to cut")
         words = [*words, *["-"] * len(pair.student)][: len(pair.student)]  # axes without a word are kept whole
         axes = tuple(self.groups.axis(pair, number, word) for number, word in enumerate(words))
-        if "~" in words:
-            shapes = pair.teacher, pair.student
-            steps += self._noted(resampling_steps(key, teacher_key, shapes, self.teacher, self.student))
+        steps += self._noted(size_steps(pair, words, teacher_key, self.teacher, self.student))
         steps += self._noted(merged_row_steps(teacher_key, self.teacher, self.student))
         return Source(teacher_key, axes, tuple(steps))
 

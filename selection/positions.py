@@ -1,10 +1,13 @@
-"""What follows the grid of patches: position embeddings, patch kernels, tables of relative positions.
+"""What follows the size of the images: position embeddings, patch kernels, tables of relative positions.
 
-These are resampled to the student's grid, by steps that the plan records and selection.tensors.STEPS carries out.
+These are resampled to the student's grid of patches, and kernels are adapted to the channels of its images, by steps
+that the plan records and selection.tensors.STEPS carries out.
 """
 
 import math
+from collections.abc import Sequence
 
+from selection.axes import TensorPair
 from selection.family import Layout, Refused
 from selection.layers import any_layer
 
@@ -31,10 +34,21 @@ def token_rows(layout: Layout) -> dict[str, tuple[int, int]]:
     return rows_of
 
 
-def resampling_steps(
-    key: str, teacher_key: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], teacher: Layout, student: Layout
+def size_steps(
+    pair: TensorPair, words: Sequence[str], teacher_key: str, teacher: Layout, student: Layout
 ) -> StepsAndNotes:
-    """Plan how a tensor of `shapes` (the teacher's, the student's) gets to the student's grid; no steps if it is there."""
+    """Plan how a tensor whose axes have these words gets to the student's size; no steps if it is there."""
+    steps, notes = _resampling_steps(pair, teacher_key, teacher, student) if "~" in words else ([], [])
+    if "rgb" in words:
+        old, new = (shape[words.index("rgb")] for shape in (pair.teacher, pair.student))
+        if old != new:
+            steps.append(("channels", new))
+            notes.append(f"{pair.key} adapted from {old} to {new} image channels")
+    return steps, notes
+
+
+def _resampling_steps(pair: TensorPair, teacher_key: str, teacher: Layout, student: Layout) -> StepsAndNotes:
+    key = pair.key
     if key == "pos_embed":
         return _position_steps(teacher, student)
     if key.endswith(".relative_position_bias_table"):
@@ -42,7 +56,7 @@ def resampling_steps(
         new = student.windows[key.rpartition(".")[0]]
         what, step = "windows", ("window", list(old), list(new))
     else:
-        old, new = (shape[2:] for shape in shapes)
+        old, new = pair.teacher[2:], pair.student[2:]
         what, step = "patches", ("patch", list(new))
     if old == new:
         return [], []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import models
 from models import ModelSpec
+from models.pixels import Renormalize
 from selection.activations.scores import activation_scores
 from selection.activations.scratch import Calibration
 from selection.activations.segments import Segments
@@ -21,7 +22,6 @@ from selection.plan import Outline, Plan, choose
 from selection.refit import Refit, Report, refit
 from selection.rules import Choices
 from selection.tensors import select
-from utils import UserError
 from weightfiles.lazy import Weights
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,12 @@ class Running:
         weights: Weights,
         images: Calibration,
         classes: int,
+        to_teacher: Renormalize,
     ) -> None:
-        """`teacher` and `student` are the models on any device. `classes`: of the teacher's head; 0: without it."""
+        """`teacher` and `student` are the models on any device. `classes`: of the teacher's head; 0: without it.
+
+        `to_teacher` makes the teacher's images of the student's, if one is grey.
+        """
         self._family, self._images = FAMILIES[models.family_of(teacher)], images
         regridded = {name: size for name, size in _grid(student).items() if _grid(teacher).get(name, size) != size}
         tensors: Mapping[str, Tensor] = weights
@@ -57,10 +61,11 @@ class Running:
             tensors |= select(weights, choose(match(self._family, *layouts, choices), choices))
         self.about = images.about | {"teacher_rebuilt_with": regridded}
         spec = replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
-        self._teacher = self._segments(spec, tensors, "teacher")
+        self._teacher = self._segments(spec, tensors, "teacher", to_teacher)
 
-    def _segments(self, spec: ModelSpec, tensors: Mapping[str, Tensor], role: str) -> Segments:
-        return Segments(_filled(spec, tensors), self._family.layers, self._images.shape, f"the {role} {spec.name}")
+    def _segments(self, spec: ModelSpec, tensors: Mapping[str, Tensor], role: str, *prepare: Renormalize) -> Segments:
+        name = f"the {role} {spec.name}"
+        return Segments(_filled(spec, tensors), self._family.layers, self._images.shape, name, *prepare)
 
     def scores(self, outline: Outline, rule: str, magnitudes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Score the indices of each group by a rule of `options.ACTIVATION_RULES`."""
@@ -69,7 +74,10 @@ class Running:
     def refit(
         self, student: ModelSpec, tensors: dict[str, Tensor], plan: Plan, settings: Refit, *, to_stage_end: bool
     ) -> tuple[dict[str, Tensor], dict]:
-        """Refit the student's selected tensors; return all of them, in their dtypes, and what the `.json` says of it."""
+        """Refit the student's selected tensors; return all of them, and what the `.json` says of it.
+
+        What is refitted is float32, the other tensors have their dtypes.
+        """
         students = tuple(self._segments(student, tensors, "student") for _ in range(2))
         layers = self._family.layers
         report = refit(
@@ -77,9 +85,7 @@ class Running:
         )
         _log(report)
         after, before = (each.model.state_dict() for each in students)
-        changed = {
-            key: after[key].to(tensors[key].dtype) for key in tensors if not torch.equal(before[key], after[key])
-        }
+        changed = {key: after[key] for key in tensors if not torch.equal(before[key], after[key])}
         about = {
             "ridge": "inf" if math.isinf(settings.ridge) else settings.ridge,
             "target": settings.target,
@@ -124,9 +130,6 @@ def _filled(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def image_size(student: nn.Module) -> int:
-    """Return the side of the images that a student is made for, in pixels; 224 if it takes any."""
-    size = _grid(student).get("img_size", (224, 224))
-    if size[0] != size[1]:
-        raise UserError(f"the student's images are {size[0]} x {size[1]}: a refit needs square ones")
-    return size[0]
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width of the images that a model is made for, in pixels; None if it takes any."""
+    return _grid(model).get("img_size")

@@ -3,7 +3,7 @@
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from utils import Stream, UserError, derive_seed
 
 
 def select(teacher: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Make the student's tensors as planned; contiguous, in the teacher's dtypes.
+    """Make the student's tensors as planned, contiguous: copies in the teacher's dtypes, what is computed in float32.
 
     Holds one teacher tensor at a time, so that `teacher` may read each from a file when asked for it.
     """
     tensors = {key: _student_tensor(teacher, plan, key) for key in plan.sources}
-    # tensors that the teacher lacks get the dtype of the rest
-    known = (tensor.dtype for key, tensor in tensors.items() if plan.sources[key].key and tensor.is_floating_point())
-    dtype = next(known, torch.float32)
+    # tensors that the teacher lacks get the dtype of the copies
+    copies = (key for key, source in plan.sources.items() if source.key and not _computes(source.steps))
+    dtype = next((tensors[key].dtype for key in copies if tensors[key].is_floating_point()), torch.float32)
     return {key: tensor if plan.sources[key].key else tensor.to(dtype) for key, tensor in tensors.items()}
 
 
@@ -35,11 +35,26 @@ def _student_tensor(teacher: Mapping[str, Tensor], plan: Plan, key: str) -> Tens
     for axis, kept in enumerate(indices):
         if kept is not None and len(kept) < tensor.shape[axis]:
             tensor = tensor.index_select(axis, kept)  # the method itself: this slice of the teacher is the student's
-    for name, *arguments in source.steps:
-        tensor = STEPS[name](tensor, teacher, indices, *arguments)
+    tensor = carry_out(source.steps, tensor, teacher, indices)
     if tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
         return tensor.clone(memory_format=torch.contiguous_format)  # the teacher's may be a view of its file
     return tensor.contiguous()
+
+
+def carry_out(steps: Iterable[tuple], tensor: Tensor, teacher: Mapping[str, Tensor], indices: list) -> Tensor:
+    """Apply steps of a plan to the slice of a teacher tensor at `indices`, in float32 if they compute anything.
+
+    The products of a LayerScale of 1e-5 and a weight are below what float16 can hold.
+    """
+    if _computes(steps) and tensor.is_floating_point():
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    for name, *arguments in steps:
+        tensor = STEPS[name](tensor, teacher, indices, *arguments)
+    return tensor
+
+
+def _computes(steps: Iterable[tuple]) -> bool:
+    return any(name != "reshape" for name, *_ in steps)
 
 
 # ---- steps after the slice: (tensor, teacher, indices of its axes, arguments) -> tensor ----
@@ -90,6 +105,17 @@ def _window(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, old: l
         return resize_rel_pos_bias_table(tensor, new, shape, **known)
 
 
+def _channels(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, count: int) -> Tensor:
+    """Sum a kernel [width, channels, …] over channels for grey images, or repeat and scale it, as timm does.
+
+    The values are those of timm.models.adapt_input_conv, which older versions have for 3 channels alone.
+    """
+    if count == 1:
+        return tensor.sum(1, keepdim=True)
+    old = tensor.shape[1]
+    return tensor.repeat(1, -(-count // old), *[1] * (tensor.ndim - 2))[:, :count] * (old / count)
+
+
 def _reshape(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, shape: list) -> Tensor:
     return tensor.reshape(shape)
 
@@ -112,6 +138,7 @@ STEPS = {
     "positions": _positions,
     "patch": _patch,
     "window": _window,
+    "channels": _channels,
     "reshape": _reshape,
     "fill": _fill,
     "noise": _noise,

@@ -80,7 +80,7 @@ PAIRS = {
 @register_model
 def small_mixer(gated: bool = False, **kwargs) -> nn.Module:
     """timm's mixer_* (`gated`: gmixer_*), whose functions take no sizes."""
-    sizes = {key: value for key, value in kwargs.items() if key in MIXER}
+    sizes = {key: value for key, value in kwargs.items() if key in (*MIXER, "in_chans")}
     return MlpMixer(**sizes, **({"mlp_layer": GluMlp} if gated else {}))
 
 

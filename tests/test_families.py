@@ -31,6 +31,7 @@ from small_models import (
     random_tensors,
 )
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.models import adapt_input_conv
 
 import models
 from models import ModelSpec
@@ -83,6 +84,10 @@ CHANGED = {
     "ViT from DINOv2": ("to 8x8", VITS, DINOV2, {}, VIT_T, {"patch_size": 8, "img_size": 40}),
     "EVA-02 of other patches": ("to 8x8", EVAS, EVA02, {}, EVA02, {"patch_size": 8}),
     "mixer of other patches": ("to 6x6", MIXERS, "small_mixer", {}, "small_mixer", {"img_size": 24, "patch_size": 6}),
+    "grey": ("adapted from 3 to 1 image channels", VITS, VIT_T, {}, VIT_T, {"in_chans": 1}),
+    "grey of other patches": ("from 3 to 1 image channels", VITS, VIT_T, {}, VIT_T, {"in_chans": 1, "patch_size": 8}),
+    "colours from grey": ("from 1 to 3 image channels", VITS, VIT_T, {"in_chans": 1}, VIT_T, {}),
+    "EVA-02 of 4 channels": ("from 3 to 4 image channels", EVAS, EVA02, {}, EVA02, {"in_chans": 4}),
     "other windows": ("of 4x4 to 2x3", (SWIN, SMALL_SWIN), SWIN_T, {}, SWIN_T, WINDOWS),
 }
 
@@ -92,12 +97,12 @@ def test_families_are_the_same_in_every_table():
 
 
 @torch.no_grad()
-def outputs(name, kwargs, tensors, create=models.create):
-    """The logits for two images of noise of the model with these tensors; float64 [2, classes]."""
+def outputs(name, kwargs, tensors, create=models.create, channels=3):
+    """The logits for two images of noise of the model with these tensors; float64 [2, classes]. 1 channel: grey noise."""
     model, size = create(name, kwargs), kwargs.get("img_size", 32)
     model.double().eval().load_state_dict(tensors)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return model(images)
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return model(images.expand(-1, kwargs.get("in_chans", 3), -1, -1))
 
 
 def error(ours, expected):
@@ -105,10 +110,10 @@ def error(ours, expected):
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
-def select(folder, pair, **options):
+def select(folder, pair, dtype=torch.float64, **options):
     """A teacher's random tensors, the student's, and the plan's description as its file has it."""
     teacher, teacher_kwargs, student, student_kwargs = pair
-    tensors = random_tensors(models.create(teacher, teacher_kwargs))
+    tensors = random_tensors(models.create(teacher, teacher_kwargs), dtype)
     safetensors.torch.save_file(tensors, folder / "teacher.safetensors")
     specs = ModelSpec(teacher, teacher_kwargs), ModelSpec(student, student_kwargs)
     result, description = select_weights(*specs, pretrained_path=str(folder / "teacher.safetensors"), **options)
@@ -203,6 +208,11 @@ def described_step(step, tensor, teacher, indices):
             return tensor.reshape(shape)
         case "times", key:
             return (tensor.movedim(0, -1) * taken(teacher[key], indices[:1])).movedim(-1, 0)
+        case "channels", 1:
+            return tensor.sum(1, keepdim=True)
+        case "channels", count:
+            cycle = [channel % tensor.shape[1] for channel in range(count)]
+            return tensor[:, cycle] * (tensor.shape[1] / count)
         case "patch", size:
             return resample_patch_embed(tensor, size)
         case "window", old, new:
@@ -252,3 +262,26 @@ def test_what_can_be_folded_or_begun_changes_no_output(kind, tmp_path):
     students, expected = outputs(*pair[2:], result), outputs(*pair[:2], tensors)
     # float64: a folded product is rounded once more, convolutions and matrix products add up in another order
     assert torch.equal(students, expected) if kind in BEGUN else error(students, expected) < 1e-12
+
+
+# a kind of each family and of each stem
+STEMS = ["vit", "dinov3", "convnext", "convnext overlapping stem", "swin", "mixer", "resnet basic", "resnet deep stem"]
+
+
+@pytest.mark.parametrize("kind", STEMS)
+@pytest.mark.parametrize("channels", [(3, 1), (1, 3), (3, 6)])
+def test_weights_for_other_channels_see_the_same_in_grey_images(kind, channels, tmp_path):
+    name, kwargs = PAIRS[kind][:2]
+    pair = [name, {**kwargs, "in_chans": channels[0]}, name, {**kwargs, "in_chans": channels[1]}]
+    tensors, result, description = select(tmp_path, pair, include_head=True)
+    expected = outputs(*pair[:2], tensors, channels=1)
+    assert error(outputs(*pair[2:], result, channels=1), expected) < 1e-12
+    said = f"adapted from {channels[0]} to {channels[1]} image channels"
+    assert [note for note in description["plan"]["notes"] if note.endswith(said)]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_for_other_channels_are_timms(channels, tmp_path):
+    tensors, result, _ = select(tmp_path, (VIT_T, VIT, VIT_T, {**VIT, "in_chans": channels}), dtype=torch.float16)
+    key = "patch_embed.proj.weight"
+    assert torch.equal(result[key], adapt_input_conv(channels, tensors[key].float()))

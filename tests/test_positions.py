@@ -76,6 +76,43 @@ def test_what_the_teacher_lacks_begins_in_its_dtype(dtype):
     assert len(torch.unique(tensors["reg_token"][0].double(), dim=0)) == 3
 
 
+def of_dtype(dtype, *, patch=2):
+    """Two ViTs' layouts, of patches of 4 and of `patch`, and the first one's weights in this precision."""
+    teacher = {"pos_embed": (1, 5, 4), "cls_token": (1, 1, 4), "patch_embed.proj.weight": (4, 3, 4, 4)}
+    teacher |= {"blocks.0.attn.proj.weight": (4, 4), "blocks.0.ls1.gamma": (4,), "norm.weight": (4,)}
+    student = {"pos_embed": (1, 9, 2), "cls_token": (1, 1, 2), "patch_embed.proj.weight": (2, 1, patch, patch)}
+    student |= {"blocks.0.attn.proj.weight": (2, 2), "norm.weight": (2,), "reg_token": (1, 1, 2)}
+    weights = {
+        key: (torch.arange(1.0, 1 + np.prod(shape)).reshape(shape) * 1e-4).to(dtype) for key, shape in teacher.items()
+    }
+    return teacher, student, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_computed_is_float32_and_what_is_copied_is_not(dtype):
+    """Position rows merged into the token, a grid and patches resampled, channels added up, a LayerScale folded."""
+    teacher, student, weights = of_dtype(dtype)
+    tensors, notes = student_of(teacher, student, weights, grids=((2, 2), (3, 3)))
+    assert len(notes) == 6
+    computed = {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.proj.weight"}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {key: tensor.dtype for key, tensor in tensors.items()} == {
+        key: wide if key in computed else dtype for key in student
+    }
+    exactly = {key: tensor.double() for key, tensor in weights.items()}
+    expected, _ = student_of(teacher, student, exactly, grids=((2, 2), (3, 3)))
+    for key in computed:
+        torch.testing.assert_close(tensors[key].double(), expected[key], rtol=1e-5, atol=1e-12)  # float32's rounding
+
+
+def test_products_too_small_for_half_precision_are_kept():
+    teacher, student, weights = of_dtype(torch.float16)
+    weights["blocks.0.ls1.gamma"] = torch.full((4,), 1e-5).half()
+    folded = student_of(teacher, student, weights, grids=((2, 2), (3, 3)))[0]["blocks.0.attn.proj.weight"]
+    scale = weights["blocks.0.ls1.gamma"].float()[0]
+    assert torch.equal(folded, weights["blocks.0.attn.proj.weight"].float()[::2, ::2] * scale) and folded.all()
+
+
 def test_rows_for_tokens_that_do_not_exist_are_refused():
     weights, shapes = token_weights(cls_token=[1], pos_embed=[10, 11, 20, 30])
     with pytest.raises(Refused, match="pos_embed has 2 rows besides those of 1x2 patches") as refused:

@@ -190,11 +190,26 @@ def test_plan_by_activation_reads_images_and_writes_nothing(small_teacher, folde
     assert not list(tmp_path.glob("out*"))
 
 
-def test_half_precision_stays_half_precision(small_teacher, folder, tmp_path):
+def test_what_is_refitted_is_float32_and_copies_keep_their_dtype(small_teacher, folder, tmp_path):
     path, weights = small_teacher
     torch.save({key: tensor.bfloat16() for key, tensor in weights.items()}, path)
     out = weight_selection.main([*arguments(path, folder), "--output_dir", str(tmp_path / "out.pth")])
-    assert {tensor.dtype for tensor in read_weights(out).values()} == {torch.bfloat16}
+    left = {"cls_token", "pos_embed", "norm.weight", "norm.bias"}
+    left |= {"patch_embed.proj.weight", "patch_embed.proj.bias"}  # they give the teacher's values already
+    left |= {
+        f"blocks.{block}.norm{number}.{part}" for block in (0, 1) for number in (1, 2) for part in ("weight", "bias")
+    }
+    for key, tensor in read_weights(out).items():
+        assert tensor.dtype == (torch.bfloat16 if key in left else torch.float32), key
+
+
+def test_teacher_of_colours_sees_a_grey_students_images(refit):
+    same = "in_chans=1 embed_dim=48 depth=3 num_heads=4".split()
+    _, about = refit("--imagenet_default_mean_and_std", "false", "--student_kwargs", *same)
+    said = about["refit"]
+    assert (said["mean"], said["std"]) == ([0.5], [0.5])
+    # equal means: the kernel, summed over the channels, gives on grey what the teacher's gives on three equal channels
+    assert all(share == pytest.approx(1, abs=1e-6) for share in said["selected"]["explained_variance"].values())
 
 
 def test_teacher_is_rebuilt_at_the_students_grid(tmp_path, folder):
@@ -247,6 +262,7 @@ def test_bad_images_and_bad_teachers_end_in_one_line(small_teacher, folder, tmp_
     write_images(tmp_path / "few", ".", {"a": 15})
     assert message(at=tmp_path / "few") == f"--data_path {tmp_path}/few has 15 images; at least 16 are needed"
     assert "does not take images of 40 x 40" in message("--input_size", 40)
+    assert "--student_kwargs in_chans=4: images have 3 channels" in message("--student_kwargs", "in_chans=4")
     (folder / "a" / "000.jpg").write_bytes(b"no picture")
     assert "cannot read" in message() and "000.jpg" in message()
     (folder / "a" / "000.jpg").unlink()

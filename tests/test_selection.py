@@ -169,7 +169,6 @@ narrower | resnet50 | wide_resnet50_2 | | \[64, 64, 1, 1\] is smaller than the s
 narrower | resnext50_32x4d | resnet50 | | layer1.0.conv1.weight: layer1.0.in has size 64 in the student, 4 in the teacher$
 narrower | wide_resnet50_2 | resnext50_32x4d | | layer1.0.conv2.groups has size 32 in the student, 1 in the teacher$
 widths | resnext50_32x4d | resnext50_32x4d channels=(8,16,32,64) | | leaves nothing for layer1.0.in
-fixed axis | vit | vit in_chans=1 | | patch_embed.*\[24, 3, .*\[24, 1, .* differ along an axis that is not selected from
 fixed axis | small_mixer | small_mixer img_size=112 | | mlp_tokens.fc1.weight
 positions | vit | vit img_size=2 | | 0x0 patches: they are smaller than a patch
 leftover | convnextv2_atto | convnext_atto | | grn\.weight .* no counterpart
@@ -222,6 +221,17 @@ def test_other_families_are_refused():
         UserError, match="swin_tiny_patch4_window7_224 is of the family swin, vit_tiny of the family vit"
     ):
         select_weights(ModelSpec(SWIN_T), ModelSpec("vit_tiny"), plan_only=True)
+
+
+@pytest.mark.parametrize(
+    ("larger", "asks"), [("depth=4", True), ("embed_dim=48", True), ("embed_dim=48 depth=2", False)]
+)
+def test_larger_student_that_would_be_a_teacher_is_asked_about(larger, asks):
+    pair = ModelSpec(VIT_T, VIT), ModelSpec(VIT_T, {**VIT, **keywords(larger.split())})
+    with pytest.raises(Refused) as refused:
+        select_weights(*pair, pretrained_path="not/read/yet.pth")
+    question = "; are teacher and student swapped? The other way round they fit"
+    assert str(refused.value).endswith(question) == asks
 
 
 def test_other_activation_is_noted_and_pooling_with_the_head():

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,24 @@ class Segments:
     one image, after that of the image itself at index IMAGES.
     """
 
-    def __init__(self, model: nn.Module, layers: str, image_shape: Sequence[int], name: str) -> None:
-        """`layers` is the pattern of `selection.family.Family`. UserError if the model does not run at this size."""
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str,
+        image_shape: Sequence[int],
+        name: str,
+        prepare: Callable[[Tensor], Tensor] = lambda images: images,
+    ) -> None:
+        """`layers` is the pattern of `selection.family.Family`; `prepare` makes of images of `image_shape` the model's.
+
+        UserError if the model does not run at this size.
+        """
         self.model = model.eval().requires_grad_(False)
         self.names = {id(tensor): key for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self.inside: str | None = None  # the block that runs
         self.active = False  # whether what runs belongs to the part that was asked for
         self.blocks: list[str] = []
-        self._image_shape, self._first, self._last = tuple(image_shape), 0, None
+        self._prepare, self._image_shape, self._first, self._last = prepare, tuple(image_shape), 0, None
         shapes: dict[str, tuple[int, ...]] = {}
         for block, module in model.named_modules():
             if re.fullmatch(layers, f"{block}."):
@@ -40,7 +50,7 @@ class Segments:
         self._stream: Tensor | None = None
         try:
             with torch.no_grad():
-                model(torch.zeros(1, *image_shape))
+                model(prepare(torch.zeros(1, *image_shape)))
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             size = " x ".join(map(str, image_shape[1:]))
             raise UserError(f"{name} does not take images of {size}: {first_line(error)}; see --input_size") from error
@@ -57,7 +67,7 @@ class Segments:
         self._stream, self._first, self._last, self.active = stream, after + 1, last, after == IMAGES
         images = stream if after == IMAGES else torch.zeros(1, *self._image_shape, dtype=stream.dtype)
         try:
-            return self.model(images)
+            return self.model(self._prepare(images))
         except _Done as done:
             return done.args[0]
         finally:

@@ -8,12 +8,12 @@ def axes(shapes: Shapes) -> dict[str, str]:
     second = next((number for number in (1, 2) if len(shapes.get(f"stem.{number}.weight", ())) == 4), None)
     stem = (
         {
-            r"stem\.0\.(weight|bias)": "stem",
+            r"stem\.0\.(weight|bias)": "stem rgb",
             rf"stem\.{second}\.weight": "stages.0 stem",
             rf"stem\.({second}\.bias|{second + 1}\.weight|{second + 1}\.bias)": "stages.0",
         }
         if second
-        else {r"stem\.[01]\.(weight|bias)": "stages.0"}
+        else {r"stem\.[01]\.(weight|bias)": "stages.0 rgb"}
     )
     return stem | {
         r"(stages\.\d+)\.blocks\.\d+\.(gamma|conv_dw\.weight|conv_dw\.bias|norm\.weight|norm\.bias)": r"\1",

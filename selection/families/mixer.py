@@ -8,7 +8,7 @@ def axes(shapes: Shapes) -> dict[str, str]:
     tokens = packed(shapes, r"(.+\.mlp_tokens)\.fc1\.weight", r"\1.fc2.weight")
     channels = packed(shapes, r"(.+\.mlp_channels)\.fc1\.weight", r"\1.fc2.weight")
     return {
-        r"stem\.proj\.weight": "stream - ~ ~",
+        r"stem\.proj\.weight": "stream rgb ~ ~",
         r"stem\.proj\.bias": "stream",
         r"(.+\.mlp_tokens)\.fc1\.weight": rf"{tokens}\1 -",
         r"(.+\.mlp_tokens)\.fc1\.bias": rf"{tokens}\1",

@@ -34,9 +34,9 @@ def axes(shapes: Shapes) -> dict[str, str]:
             rf"layer{stage}\.0\.downsample\.\d\.{norm}": f"layer{stage}",
         }
     return {
-        r"conv1\.weight": stem,
+        r"conv1\.weight": f"{stem} rgb",
         rf"bn1\.{norm}": stem,
-        r"conv1\.0\.weight": "stem.0",
+        r"conv1\.0\.weight": "stem.0 rgb",
         rf"conv1\.1\.{norm}": "stem.0",
         r"conv1\.3\.weight": "stem.3 stem.0",
         rf"conv1\.4\.{norm}": "stem.3",

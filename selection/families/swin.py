@@ -7,7 +7,7 @@ def axes(shapes: Shapes) -> dict[str, str]:
     """Make the table. Merging concatenates the channels of four neighbours."""
     heads = r"\1.heads*\1.slots"
     return {
-        r"patch_embed\.proj\.weight": "layers.0 - ~ ~",
+        r"patch_embed\.proj\.weight": "layers.0 rgb ~ ~",
         r"patch_embed\.(proj\.bias|norm\.weight|norm\.bias)": "layers.0",
         r"(layers\.\d+)\.blocks\.\d+\.norm[12]\.(weight|bias)": r"\1",
         r"((layers\.\d+)\.blocks\.\d+\.attn)\.qkv\.weight": rf"3*{heads} \2",

@@ -21,7 +21,7 @@ def axes(shapes: Shapes, within_head: str = r"\1.slots") -> dict[str, str]:
         r"(cls|dist)_token": "- - stream",
         r"reg_token": "- registers stream",
         r"pos_embed": "- ~ stream",
-        r"patch_embed\.proj\.weight": "stream - ~ ~",
+        r"patch_embed\.proj\.weight": "stream rgb ~ ~",
         r"patch_embed\.(proj\.bias|norm\.weight|norm\.bias)": "stream",
         r"(norm|norm_pre|fc_norm)\.(weight|bias)": "stream",
         r"(.+\.attn)\.qkv\.weight": f"3*{heads} stream",
