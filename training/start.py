@@ -14,6 +14,7 @@ from torch import nn
 from models.families import family_of
 from models.fit import check_fit, inherit
 from options import FREE_ON_RESUME, training_defaults
+from selection.resize import resized
 from training import distributed
 from training.checkpoint import (
     BEST_CHECKPOINTS,
@@ -270,16 +271,23 @@ def load_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | Non
 
 
 def load_initialization(path: Path, model: nn.Module, options: argparse.Namespace) -> dict:
-    """Copy the weights of `--initialize` into the model; return where they come from. UserError if they do not fit."""
+    """Copy the weights of `--initialize` into the model; return where they come from. UserError if they do not fit.
+
+    Weights for other images or patches are resampled, as a selection does.
+    """
     family = family_of(model)
     key, prefix = options.model_key, options.model_prefix
     tensors, source = read_initialization(str(path), family, model_key=key, prefix=prefix)
     option = f"--initialize {source['path']}"
+    student = source["student"] if isinstance(source["student"], dict) else {}
     if source["family"] not in (None, family):
-        student = source["student"] if isinstance(source["student"], dict) else {}
         made_for = student.get("model", source["family"])
         raise UserError(f"{option} was made for {made_for}, but --model is {options.model}")
+    kwargs = student.get("kwargs")
+    tensors, notes = resized(tensors, model, kwargs.get("img_size") if isinstance(kwargs, dict) else None)
     other_head = inherit(model, tensors, f"{option} does not fit --model {options.model}")
+    for note in notes:
+        log.info("%s: %s", option, note)
     if other_head:
         log.info("%s: %s is for other classes; the head starts from random values", option, ", ".join(other_head))
     log.info("%s: %d tensors taken", option, len(tensors) - len(other_head))
