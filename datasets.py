@@ -85,6 +85,8 @@ def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None
     num_classes = (train_images or val_images).classes
     if options.nb_classes not in (None, num_classes):
         raise UserError(f"--nb_classes {options.nb_classes}, but --data_set {options.data_set} has {num_classes}")
+    if options.exif:
+        train_images, val_images = (images and images.upright() for images in (train_images, val_images))
     if options.bad_images == "skip":
         train_images, val_images = (images and images.skipping_bad() for images in (train_images, val_images))
     if train_images and options.data_fraction < 1:

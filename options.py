@@ -288,6 +288,7 @@ def _add_refit(parser: argparse.ArgumentParser) -> None:
         help="how many to use; a fifth of them measures the refit")
     add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's, or the "
         "teacher's run's)")
+    add("--exif", type=boolean, default=False, help="turn images as their EXIF orientation says, as in main.py")
     add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
 
 
@@ -392,6 +393,7 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--num_workers", default=10, type=count, help="processes that load images, per training process")
     add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
 
+    add("--exif", type=boolean, default=False, help="turn images as their EXIF orientation says; torchvision does not")
     add("--bad_images", default="fail", choices=("fail", "skip"),
         help="an image that cannot be read ends the run, or is replaced by the next readable one and counted in the "
         "log")

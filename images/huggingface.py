@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from images.images import Images
+from images.opening import open_image
 from utils import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def hugging_face() -> Iterator[ModuleType]:
 
 
 class Rows:
-    """The images of a Hugging Face set: `[i]` is a tuple of the decoded image alone."""
+    """The images of a Hugging Face set: `[i]` is a tuple of the opened image alone, not decoded yet."""
 
     def __init__(self, rows, column: str):
         self.rows, self.column = rows, column
@@ -50,8 +51,7 @@ class Rows:
     def __getitem__(self, index: int) -> tuple[Image.Image]:
         with hugging_face():
             stored = self.rows[index][self.column]  # the bytes of an image file, or else its path
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            return (image.convert("RGB"),)
+        return (open_image(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]),)
 
     # a worker that is spawned has to unpickle the rows inside hugging_face(), hence bytes within the pickle
 

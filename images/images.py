@@ -5,12 +5,13 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
+from images.opening import open_image, prepared
 from training.distributed import of_all_ranks
 from utils import UserError
 
@@ -55,6 +56,7 @@ class Images:
         self._paths = None if paths is None else np.array([os.fsencode(path) for path in paths])
         self._indices = np.arange(len(labels))  # which of the labels and paths belong to this set; see `subset`
         self._bad = None  # uint8 per label: 1 if the image could not be read; None if bad images are not skipped
+        self._upright = False
         self.class_names = class_names and [n if isinstance(n, str) else ", ".join(n) for n in class_names]
         self.classes = classes or len(self.class_names or ()) or int(self._labels.max()) + 1
         for index in np.flatnonzero((self._labels < 0) | (self._labels >= self.classes)):
@@ -67,7 +69,10 @@ class Images:
         return self.read(index, lambda image: image.convert("RGB"))
 
     def read(self, index: int, decode: Callable) -> tuple:
-        """Return (what `decode` makes of the PIL image, class index). The image is open, its pixels not yet decoded."""
+        """Return (what `decode` makes of the PIL image, class index).
+
+        The image can be converted to RGB (see `images.opening`); as a rule its pixels are not decoded yet.
+        """
         if self._bad is None:
             return self._read(index, decode)
         candidates = [(index + step) % len(self) for step in range(min(BAD_IN_A_ROW, len(self)))]
@@ -90,15 +95,22 @@ class Images:
         position = int(self._indices[index])
         try:
             if self._paths is None:
-                image = decode(self._source[position][0])
+                image = decode(prepared(self._source[position][0], upright=self._upright))
             else:
                 path = os.fsdecode(self._paths[position])
-                with open(path, "rb", opener=_open_without_waiting) as file, Image.open(file) as opened:
-                    image = decode(opened)
+                with open(path, "rb", opener=_open_without_waiting) as file, open_image(file) as opened:
+                    image = decode(prepared(opened, upright=self._upright))
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = " ".join(reason.split())
             raise BadImage(f"cannot read {self.describe(index)} ({reason})") from error
         return image, int(self._labels[position])
+
+    def upright(self) -> "Images":
+        """Return the same set, but each image turned as its EXIF orientation says, not as its pixels are stored."""
+        turned = copy.copy(self)
+        turned._upright = True
+        return turned
 
     def skipping_bad(self) -> "Images":
         """Return the same set, but skipping images that cannot be read."""
@@ -143,6 +155,12 @@ def bad_of_all_ranks(images: Images) -> list[int]:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would wait for somebody to write to it
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names as text, and how many more there are."""
+    names = list(names)
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(path: str | bytes) -> str:

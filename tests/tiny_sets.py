@@ -121,8 +121,11 @@ def write_folder(root, counts=(("train", 3), ("val", 2)), classes=("cat", "dog")
                 write_image(root / part / name / f"{number}.png", label)
 
 
-def write_parquet(folder, label_column="label", broken=()):
-    """Five images, labels 0 to 4, in a table as Hugging Face's sets have them; of `broken` only 20 bytes are kept."""
+def write_parquet(folder, label_column="label", broken=(), contents=()):
+    """Five images, labels 0 to 4, in a table as Hugging Face's sets have them.
+
+    Of `broken` only 20 bytes are kept; `contents` replaces the first files.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -130,7 +133,8 @@ def write_parquet(folder, label_column="label", broken=()):
     for label, stream in enumerate(streams):
         Image.fromarray(pixels(label, 16)).save(stream, "PNG")
         stream.truncate(20 if label in broken else None)
-    encoded = [{"bytes": stream.getvalue(), "path": None} for stream in streams]
+    files = [*contents, *(stream.getvalue() for stream in streams[len(contents) :])]
+    encoded = [{"bytes": content, "path": None} for content in files]
     labels = {"names": ["a", "b", "c", "d", "e"], "_type": "ClassLabel"}
     info = {"info": {"features": {"image": {"_type": "Image"}, label_column: labels}}}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
