@@ -6,6 +6,8 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 import argparse
 import re
 
+from utils import nearest
+
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
@@ -212,6 +214,15 @@ def peak_lr(options: argparse.Namespace, images_per_update: int) -> float:
     return SHORT_LR * images_per_update / 512 if options.lr is None else options.lr
 
 
+def unknown_data_set(name: str) -> str | None:
+    """Return the message about a data set's name that is none of ours; None for ours, torch/NAME and hfds/NAME."""
+    if name in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", name):
+        return None
+    alike = " or ".join(nearest(name, DATA_SETS))
+    meant = f"; did you mean {alike}?" if alike else ""
+    return f"--data_set {name} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME{meant}"
+
+
 def without_effect(options: argparse.Namespace) -> list[str]:
     """Return the given options that have no effect: those of the original, and distillation in an evaluation."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1} | (
@@ -312,9 +323,9 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
     o, mixing = options, mixes(options)
     of_teacher = [name for name in vars(o) if name.startswith(("teacher_", "distillation_"))]
     idle = next((f"--{name} {getattr(o, name)}" for name in _changed(o, of_teacher, parser)), None)
-    named_set = o.data_set in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", o.data_set)
+    unknown = unknown_data_set(o.data_set)
     checks = [
-        (named_set, f"--data_set {o.data_set} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME"),
+        (unknown is None, unknown),
         (o.warmup_steps > 0 or o.warmup_epochs <= o.epochs or o.eval,
          f"--warmup_epochs {o.warmup_epochs} is longer than the run, --epochs {o.epochs}"),
         (not mixing or o.batch_size % 2 == 0 or o.eval,

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,15 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that may be meant by `name`, in any case: that contain it, or else are spelt much like it."""
+    import difflib  # here, because only mistakes need it
+
+    lowered = {each.lower(): each for each in names}
+    alike = [each for each in lowered if len(name) > 2 and name.lower() in each]
+    return [lowered[each] for each in alike or difflib.get_close_matches(name.lower(), lowered)]
 
 
 def first_line(error: BaseException) -> str:

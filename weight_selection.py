@@ -201,6 +201,7 @@ def calibration_images(options: argparse.Namespace, teacher: Trained, student: M
     if len(images) < LEAST_IMAGES:
         raise UserError(f"--data_path {options.data_path} has {len(images)} images; at least {LEAST_IMAGES} are needed")
     chosen = permutation(len(images), Stream.CALIBRATION, options.seed)[: options.calibration_images]
+    log.info("%s of %s images of --data_set %s", f"{len(chosen):,}", f"{len(images):,}", options.data_set)
     height, width = image_size(build(student)[0]) or [teacher.input_size or 224] * 2
     if height != width:
         raise UserError(f"the student's images are {height} x {width}: a refit needs square ones")

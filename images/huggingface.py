@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from images.folders import announce_download
 from images.images import Images
 from images.opening import open_image
 from utils import UserError
@@ -67,11 +68,13 @@ class Rows:
 def load_hugging_face(name: str, cache_dir: str, split: str, input_key: str, target_key: str) -> Images:
     """Load a split of `hfds/NAME`, downloading it to `cache_dir` if needed; UserError for a missing or unusable column."""
     with hugging_face() as package:
+        announce_download(name, cache_dir)
         rows = package.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=cache_dir)
         for option, column in (("input_key", input_key), ("target_key", target_key)):
             if column not in rows.column_names:
                 has = ", ".join(rows.column_names)
-                raise UserError(f"--data_set {name} has no column {column} for --{option}; it has {has}")
+                folder = "; for folders of image files take --data_set image_folder" if has == input_key else ""
+                raise UserError(f"--data_set {name} has no column {column} for --{option}; it has {has}{folder}")
         class_names = getattr(rows.features[target_key], "names", None)
         rows = rows.cast_column(
             input_key, package.Image(decode=False)
