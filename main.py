@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import load_data
 from engine import EngineSettings, Trainer, evaluate, train_one_epoch
 from images.batches import make_train_loader, make_val_loader
-from images.images import Images, bad_of_all_ranks
+from images.images import Images, bad_of_all_ranks, count_bad
 from images.settings import Augmentation
 from images.transforms import build_mixer
+from images.workers import warn_of_cap
 from models.build import build_model, constructor_arguments
 from models.initial import initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
@@ -32,6 +33,7 @@ from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
 from training.distill import Distillation, make_criterion
 from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
+from training.memory import memory_errors_explained
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
 from training.start import Start, find_start
@@ -50,7 +52,8 @@ def main(argv: list[str] | None = None) -> dict:
         start_logging(quiet=not distributed.is_main())
         for name in without_effect(options):
             log.warning("%s is accepted and has no effect", name)
-        with contextlib.ExitStack() as stack:
+        warn_of_cap(options.num_workers)
+        with contextlib.ExitStack() as stack, memory_errors_explained(options, device):
             output_dir = Path(options.output_dir) if options.output_dir else None
             if output_dir and not options.eval:  # an evaluation writes nothing
                 with distributed.main_first():
@@ -209,12 +212,6 @@ def counts(num_classes: int, train_images: Images, val_images: Images | None) ->
     """Count classes and images for config.json, by which compare.py tells data sets of the same name apart."""
     evaluation = len(val_images) if val_images else None
     return {"classes": num_classes, "training_images": len(train_images), "evaluation_images": evaluation}
-
-
-def count_bad(images: tuple[Images, Images | None]) -> dict[str, int]:
-    """Count the training and the evaluation images that no process could read; a collective."""
-    parts = zip(("train", "test"), images, strict=True)
-    return {f"{name}_bad_images": len(bad_of_all_ranks(part)) for name, part in parts if part}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -212,13 +212,25 @@ def _explain(error: Exception) -> str | None:
     """Return what the user can do about the error, in one line; None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, known by its name because torch is not imported here
-        return f"the device is out of memory: lower --batch_size and raise --update_freq as much ({first_line(error)})"
+    if ran_out_of_memory(error):
+        return f"out of memory ({first_line(error)})"
     # torch raises this in whatever line the training process is at when a worker dies
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         cause = first_line(error)
         return f"a worker that loads images has died, perhaps for lack of memory: try fewer --num_workers ({cause})"
     return None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether the memory of a device or of the host was exhausted, as torch, its libraries and Python say it."""
+    # torch's own error is known by its name because torch is not imported here; MPS, the host's allocator, cuBLAS and
+    # cuDNN raise a bare RuntimeError
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+    )
 
 
 def environment(device: torch.device, processes: int) -> dict:

@@ -101,8 +101,8 @@ class Bench:
             batches = DataLoader(
                 TransformedImages(self.images, train_transform(view, augmentation)),
                 batch_sampler=order,
-                persistent_workers=loading.num_workers > 0,
-                num_workers=loading.num_workers,
+                persistent_workers=loading.workers > 0,
+                num_workers=loading.workers,
                 pin_memory=loading.pin_memory,
             )
         else:

@@ -54,7 +54,7 @@ def train_batches(
     if loading.cache != "none":
         square = loading.cache == "device"
         prepare = Shrink(loading.cache_size, square=square) if loading.cache_size else None
-        images = cache_images(images, prepare=prepare, num_workers=loading.num_workers)
+        images = cache_images(images, prepare=prepare, num_workers=loading.workers)
     if by_timm:
         transformed = TransformedImages(images, augment, augmentation.seed)
         return _from_workers(transformed, order, loading, persistent=True)
@@ -83,7 +83,7 @@ def _from_workers(items: Dataset, batch_sampler, loading: Loading, persistent: b
     return WorkerBatches(
         items,
         batch_sampler,
-        num_workers=loading.num_workers,
+        num_workers=loading.workers,
         pin_memory=loading.pin_memory,
         yielding=loading.device.type == "cpu",
         persistent=persistent,
@@ -98,7 +98,7 @@ def eval_batches(
         transformed = TransformedImages(images, eval_transform(view))
         order = BatchSampler(indices, batch_size, drop_last=False)
         return _from_workers(transformed, order, loading)
-    cached = cache_images(images, prepare=eval_crop(view), num_workers=loading.num_workers)
+    cached = cache_images(images, prepare=eval_crop(view), num_workers=loading.workers)
     if loading.cache == "ram":
         return EvaluationBatches(
             resident_on(cached, None, loading.pin_memory), indices, batch_size, view, loading.device

@@ -153,6 +153,12 @@ def bad_of_all_ranks(images: Images) -> list[int]:
     return bad
 
 
+def count_bad(images: tuple[Images, Images | None]) -> dict[str, int]:
+    """Count the training and the evaluation images that no process could read; a collective."""
+    parts = zip(("train", "test"), images, strict=True)
+    return {f"{name}_bad_images": len(bad_of_all_ranks(part)) for name, part in parts if part}
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would wait for somebody to write to it
 

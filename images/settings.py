@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from images.workers import most_workers
 from models.pixels import MeanAndStd, image_channels, mean_and_std
 from options import Settings
 
@@ -72,6 +73,11 @@ class Loading(Settings):
     pin_mem: bool
     cache: str  # "none", "ram" (shared by a node's processes) or "device"
     cache_size: int | None  # side in pixels of the cached images; None: as they are
+
+    @property
+    def workers(self) -> int:
+        """Return `num_workers`, or fewer if this node has fewer cores."""
+        return min(self.num_workers, most_workers())
 
     @property
     def pin_memory(self) -> bool:

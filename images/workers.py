@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from training.signals import leave_to_parent
 from utils import UserError
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 AHEAD = 2  # batches that a worker may make before they are asked for
@@ -133,8 +136,26 @@ class Gate:
 
 def training_fills_cores() -> bool:
     """Whether the training threads of this node's processes are at least as many as the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= cores
+    return torch.get_num_threads() * _processes_here() >= _cores()
+
+
+def most_workers() -> int:
+    """Return how many workers each training process can have so that this node has no more of them than cores."""
+    return max(1, _cores() // _processes_here())
+
+
+def warn_of_cap(num_workers: int) -> None:
+    """Log that fewer workers than `num_workers` will be started, if this is so."""
+    if num_workers > most_workers():
+        log.warning("--num_workers %d is capped at %d, the cores of this node per process", num_workers, most_workers())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _unchanged(batch: tuple[Tensor, np.ndarray]) -> tuple[Tensor, np.ndarray]:
