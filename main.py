@@ -32,7 +32,8 @@ from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
 from training.distill import Distillation, make_criterion
-from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, summary
+from training.evaluation import evaluation_options, reported
+from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, report_best
 from training.memory import memory_errors_explained
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
@@ -60,16 +61,20 @@ def main(argv: list[str] | None = None) -> dict:
                     if distributed.is_main():
                         stack.enter_context(run_folder.opened(output_dir))
             try:
-                return run(options, device, output_dir, stop)
+                start = find_start(options, output_dir)
+                if options.eval:
+                    options = evaluation_options(argv, options, start)
+                return run(options, start, device, output_dir, stop)
             except Stopped as stopped:
                 report_stop(stopped, stop.asked, output_dir if options.save_ckpt else None)
                 raise
 
 
-def run(options: argparse.Namespace, device: torch.device, output_dir: Path | None, stop: StopSignals) -> dict:
-    """Make one run, from its options to its last checkpoint."""
+def run(
+    options: argparse.Namespace, start: Start, device: torch.device, output_dir: Path | None, stop: StopSignals
+) -> dict:
+    """Make one run, from where it starts to its last checkpoint."""
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
-    start = find_start(options, output_dir)
     given = plain(options)
     update_freq = options.update_freq if options.eval else start.check_settings(given, output_dir, precision.name)
     total_batch = options.batch_size * update_freq * distributed.world_size()
@@ -92,9 +97,7 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     if options.compile:
         model.compile(mode=options.compile_mode)  # in place, so that the weights keep their names
     if options.eval:
-        record = evaluate_all(options, model, ema, val_loader, precision)
-        report_evaluation(start, len(val_images), record)
-        return record
+        return reported(evaluate_all(options, model, ema, val_loader, precision), len(val_images))
 
     steps = train_loader.batch_sampler.steps_per_epoch
     criterion = make_criterion(options, about_data["classes"], model)
@@ -105,6 +108,7 @@ def run(options: argparse.Namespace, device: torch.device, output_dir: Path | No
     progress = start.restore_trainer(trainer, steps, options.start_epoch)
     if progress.epoch >= options.epochs:
         log.info("nothing is left to do: %s is of the last epoch", start.path)
+        report_best(start.state["best"], progress.best_epochs, start.path.parent)
         return start.state["metrics"]
     about = {"options": given, "initialization": start.source} | teacher
     if output_dir and distributed.is_main():
@@ -160,6 +164,7 @@ def train(
             progress.end_epoch()
         if options.wandb_ckpt:
             reporter.store(output_dir / BEST_CHECKPOINTS["test_acc1"])
+    report_best(progress.best, progress.best_epochs, output_dir if options.save_ckpt else None)
     return record
 
 
@@ -199,13 +204,6 @@ def evaluate_all(
         figures = evaluate(ema.module, val_loader, precision, settings, asked_to_stop)
         record |= {f"test_{name}_ema": value for name, value in figures.items()}
     return record
-
-
-def report_evaluation(start: Start, images: int, record: dict[str, float]) -> None:
-    """Say what was measured, and of which weights."""
-    if not start.path:
-        log.warning("--eval true without --resume, --initialize or a checkpoint in --output_dir: random weights")
-    log.info("%d images: %s", images, summary(record, {}))
 
 
 def counts(num_classes: int, train_images: Images, val_images: Images | None) -> dict[str, int | None]:

@@ -21,6 +21,13 @@ FREE_ON_RESUME = frozenset(
     "eval eval_data_path local_rank log_dir log_freq num_workers output_dir pin_mem progress project recipe resplit "
     "resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_steps start_epoch teacher_path wandb_ckpt world_size".split()
 )
+# What an evaluation does not take from the run that it evaluates: where and how fast this process computes, what it
+# reads and writes.
+FREE_IN_EVALUATION = frozenset(
+    "auto_resume compile compile_mode deterministic device disable_eval dist_on_itp dist_timeout dist_url enable_wandb "
+    "eval initialize local_rank log_dir log_freq output_dir progress project resplit resume save_ckpt save_ckpt_freq "
+    "save_ckpt_num save_ckpt_steps start_epoch wandb_ckpt world_size".split()
+)
 
 
 # What --recipe sets of main.py, each only if it is not given itself. A function takes the other options.
@@ -166,17 +173,26 @@ def _changed(options: argparse.Namespace, names: list[str], parser: argparse.Arg
     return [name for name in names if getattr(options, name) != parser.get_default(name)]
 
 
-def training_options(argv: list[str] | None = None, *, program: str = "main.py") -> argparse.Namespace:
-    """Return the validated options of main.py; end the process with code 2 on a usage error, in the program's name."""
+def training_options(
+    argv: list[str] | None = None, run: dict | None = None, *, program: str = "main.py"
+) -> argparse.Namespace:
+    """Return the validated options of main.py; end the process with code 2 on a usage error, in the program's name.
+
+    With `--eval true`, what is not given comes from the evaluated run, whose options main.py learns from the checkpoint
+    and passes as `run` in a second call, {} if there is no checkpoint. Contradictions between options wait for that.
+    """
     parser = _training_parser()
     parser.prog = program
-    recipe = RECIPES[parser.parse_args(argv).recipe]
+    taken = {name: value for name, value in (run or {}).items() if name not in FREE_IN_EVALUATION}
+    recipe = RECIPES[parser.parse_args(argv, argparse.Namespace(**taken)).recipe]
     parser.set_defaults(**recipe)
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv, argparse.Namespace(**taken))
     for name, value in recipe.items():
         if callable(value) and getattr(options, name) is value:
             setattr(options, name, value(options))
-    problem = _first_conflict(options, parser)
+    problem = _first_mistake(options)
+    if not problem and (not options.eval or run is not None):
+        problem = _first_conflict(options, parser)
     if problem:
         parser.error(problem)
     return options
@@ -202,6 +218,16 @@ def sweep_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, li
     if problem:
         parser.error(problem)
     return options, words
+
+
+def export_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of export.py; end the process with code 2 on a usage error."""
+    return _export_parser().parse_args(argv)
+
+
+def predict_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of predict.py; end the process with code 2 on a usage error."""
+    return _predict_parser().parse_args(argv)
 
 
 def training_defaults() -> dict:
@@ -318,6 +344,45 @@ def _sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser("export.py", "Write a trained model as a folder that timm, transformers and the Hugging Face Hub take.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run of main.py (its best checkpoint), or a checkpoint")
+    add("folder", metavar="OUT", help="folder to write")
+    add("--model_key", default="model", choices=("model", "model_ema"), help="the weights, or their moving average")
+    add("--onnx", type=boolean, nargs="?", const=True, default=False, help="write model.onnx too, for any batch size")
+    add("--data_path", metavar="FOLDER", help="where the evaluation data is (default: where the run had it)")
+    add("--check_accuracy", type=boolean, default=True,
+        help="measure the accuracy on all of the evaluation data; false: compare the logits of 64 images alone")
+    return parser
+
+
+def _predict_parser() -> argparse.ArgumentParser:
+    parser = _parser("predict.py", "Print the likeliest classes of images, a line per image.")
+    add = parser.add_argument
+    add("model", metavar="RUN_OR_FOLDER", help="the folder of a run of main.py (its best checkpoint), a checkpoint, or a "
+        "folder of export.py")
+    add("images", metavar="IMAGE", nargs="+", help="images, and folders of images")
+    add("--model_key", default="model", choices=("model", "model_ema"), help="a run's weights, or their moving average")
+    add("--top", default=5, type=number(int, 1), metavar="N", help="classes per image")
+    add("--json", action="store_true", help="a JSON object per line")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
+    return parser
+
+
+def _first_mistake(options: argparse.Namespace) -> str | None:
+    """Return a message about the first option that is wrong whatever an evaluated run adds; None if there is none."""
+    o = options
+    checks = [
+        (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
+        (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
+         f"--resume {o.resume}: a URL must be https://…#sha256=<64 hex digits>"),
+        (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
+         f"--initialize {o.initialize}: a URL must be https://…#sha256=<64 hex digits>"),
+    ]
+    return next((message for holds, message in checks if not holds), None)
+
+
 def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
     """Return a message about the first contradiction among the options; None if there is none."""
     o, mixing = options, mixes(options)
@@ -344,12 +409,7 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
          or not (o.train_split or o.val_split or o.input_key or o.target_key),
          "--train_split, --val_split, --input_key and --target_key are for torch/NAME and hfds/NAME, "
          f"not for {o.data_set}"),
-        (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
-        (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
-         f"--resume {o.resume}: a URL must be https://…#sha256=<64 hex digits>"),
         (o.init == "timm" or not o.initialize, f"--init {o.init} is for random init, not with --initialize"),
-        (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
-         f"--initialize {o.initialize}: a URL must be https://…#sha256=<64 hex digits>"),
         (o.compile_mode == "default" or o.update_freq == 1,
          f"--compile_mode {o.compile_mode} replays CUDA graphs, which overwrite accumulated gradients: it needs "
          "--update_freq 1"),

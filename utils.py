@@ -169,7 +169,7 @@ def start_logging(*, quiet: bool = False) -> None:
     """Log to stderr, without prefixes, from level INFO on; with `quiet`, as on ranks other than 0, only errors."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.INFO)
-    for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib"):
+    for chatty in ("httpx", "huggingface_hub", "timm", "PIL", "matplotlib", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # its own handler prints them already
 

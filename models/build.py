@@ -83,12 +83,13 @@ class _WithoutValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def create(name: str, kwargs: dict, *, device: str = "cpu") -> nn.Module:
+def create(name: str, kwargs: dict, *, device: str = "cpu", short: bool = True) -> nn.Module:
     """Build the model `name` with `kwargs`. On device "meta" it has shapes but no values.
 
-    Raises UserError for an unknown name and for arguments that the constructor rejects.
+    With `short` false, the name is timm's own, even if it is one of our short names too, as convnext_femto is. Raises
+    UserError for an unknown name and for arguments that the constructor rejects.
     """
-    timm_name, arguments = timm_arguments(name, kwargs)
+    timm_name, arguments = timm_arguments(name, kwargs) if short else (name, kwargs)
     for reserved in RESERVED & kwargs.keys():
         raise UserError(f"{reserved}={kwargs[reserved]} is not an argument of a model's shape; leave it out")
     try:

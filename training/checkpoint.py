@@ -1,5 +1,6 @@
 """The training state of a run: where it is, what a checkpoint holds, and the files."""
 
+import argparse
 import io
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from options import training_defaults
 from utils import UserError, write_atomically
 from weightfiles.read import read_file
 
@@ -31,27 +33,30 @@ STATE = {
     "data": dict,
 }
 # Keys that older files lack, with the value that they imply. `update_freq` is the one in effect; 0 means as in `options`.
-NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0}
-FIGURES = ("sums", "best")
+NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0, "best_epochs": {}}
+FIGURES = ("sums", "best", "best_epochs")
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 
 
 @dataclass
 class Progress:
-    """Where a run is: `done` updates into `epoch`, the sums over these updates, and the best figures so far."""
+    """Where a run is: `done` updates into `epoch`, the sums over these updates, the best figures so far and their epochs."""
 
     epoch: int = 0
     done: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    best_epochs: dict[str, int] = field(default_factory=dict)
     began: float = 0.0
 
     @classmethod
     def after(cls, state: dict, steps: int) -> "Progress":
         """Continue after a checkpoint, inside its epoch or at the start of the next; `steps` updates per epoch."""
+        best_epochs = dict(state["best_epochs"])
         if state["sums"]:
-            return cls(state["epoch"], state["step"] - state["epoch"] * steps, state["sums"])
-        return cls(state["epoch"] + 1)
+            done = state["step"] - state["epoch"] * steps
+            return cls(state["epoch"], done, state["sums"], best_epochs=best_epochs)
+        return cls(state["epoch"] + 1, best_epochs=best_epochs)
 
     def start_epoch(self) -> None:
         """Start the clock of the epoch, which includes the time that an earlier process spent on it."""
@@ -65,6 +70,7 @@ class Progress:
         """Take over the figures of `record` that beat the best so far; return their names."""
         improved = [name for name in BEST_CHECKPOINTS if record.get(name, -1.0) > self.best.get(name, -1.0)]
         self.best |= {name: record[name] for name in improved}
+        self.best_epochs |= dict.fromkeys(improved, self.epoch)
         return improved
 
     def end_epoch(self) -> None:
@@ -77,6 +83,7 @@ class Progress:
             "epoch": self.epoch,
             "step": self.epoch * steps + self.done,
             "best": self.best,
+            "best_epochs": self.best_epochs,
             "sums": {} if metrics else self.sums | {"seconds": self.seconds()},
             "metrics": metrics or {},
         }
@@ -129,6 +136,18 @@ def check_checkpoint(path: Path, state: dict) -> dict:
         if not all(isinstance(value, int | float) for value in state[name].values()):
             raise UserError(f"{path} is not a valid checkpoint: `{name}` holds a value that is not a number")
     return state
+
+
+def options_of(path: Path, state: dict) -> argparse.Namespace:
+    """Return the options of the checkpoint's run, with the defaults of those that it does not know. UserError if damaged."""
+    options = training_defaults()
+    for name, default in options.items():
+        value = state["options"].get(name, default)
+        kind = float | int | None if isinstance(default, float | int) else type(default)  # recipes leave --lr open
+        if not (default is None or isinstance(value, kind)):
+            raise UserError(f"{path}: the options in this checkpoint are damaged: {name} is {value!r}")
+        options[name] = value
+    return argparse.Namespace(**options)
 
 
 def position_of(state: dict) -> tuple[int, float]:

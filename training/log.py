@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from training.checkpoint import BEST_CHECKPOINTS
 from utils import UserError, first_line, write_atomically
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,16 @@ def summary(record: dict, best: dict) -> str:
         ("{train_images_per_second:.0f} img/s, {epoch_seconds:.0f} s", record),
     ]
     return ", ".join(text.format(**values) for text, values in shown if re.findall(r"{(\w+)", text)[0] in values)
+
+
+def report_best(best: dict[str, float], epochs: dict[str, int], folder: Path | None) -> None:
+    """Log the best accuracies of a finished run, and where their checkpoints are: in `folder`; None if none were kept."""
+    for metric, name in reversed(BEST_CHECKPOINTS.items()):  # last the one that every run has
+        if metric in best:
+            average = "EMA " * metric.endswith("_ema")
+            epoch = f" at epoch {epochs[metric]}" if metric in epochs else ""  # older checkpoints do not say
+            where = f"{folder / name}" if folder else "no checkpoint kept"
+            log.info("best %s%.1f %%%s, %s", average, best[metric], epoch, where)
 
 
 class TensorBoard:
