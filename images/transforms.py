@@ -19,6 +19,8 @@ from images.images import Images
 from images.settings import Augmentation, View
 from utils import Stream, UserError, derive_seed, seed_all
 
+CROP_PCT = 224 / 256  # by default, of sizes for which a crop is made
+
 
 def train_transform(view: View, augmentation: Augmentation) -> transforms.Compose:
     """Build timm's training transform, PIL image to float [channels, S, S]; UserError for a policy that timm does not know.
@@ -69,11 +71,23 @@ def eval_crop(view: View) -> transforms.Compose:
 
     Up to 32 px and from 384 px the whole image is resized instead.
     """
-    if not 32 < view.input_size < 384:
+    if _sees_all(view):
         return transforms.Compose([_resize(view.input_size)])
-    short_side = int(view.input_size / (view.crop_pct or 224 / 256))
+    short_side = int(view.input_size / (view.crop_pct or CROP_PCT))
     bicubic = transforms.Resize(short_side, interpolation=transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([bicubic, transforms.CenterCrop(view.input_size)])
+
+
+def eval_config(view: View) -> dict:
+    """Describe `eval_transform` in the words of a timm config: `timm.data.create_transform` makes the same pixels of it."""
+    crop = {"crop_mode": "squash", "crop_pct": 1.0} if _sees_all(view) else {"crop_pct": view.crop_pct or CROP_PCT}
+    normalization = {"mean": list(view.mean), "std": list(view.std)}
+    size = [len(view.mean), view.input_size, view.input_size]
+    return {"input_size": size, "interpolation": "bicubic", "crop_mode": "center"} | crop | normalization
+
+
+def _sees_all(view: View) -> bool:
+    return not 32 < view.input_size < 384
 
 
 def _resize(size: int) -> transforms.Resize:

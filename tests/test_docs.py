@@ -19,10 +19,12 @@ from conftest import convnext_as_released, write_images
 
 import compare
 import engine
+import export
 import main as script
 import models
+import predict
 import weight_selection
-from options import selection_options, sweep_options, training_options
+from options import export_options, predict_options, selection_options, sweep_options, training_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -283,6 +285,32 @@ def test_comparison_runs(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_trained_model_is_used_as_its_page_says(tiny_run, image_folder, tmp_path, capsys):
+    script.main(tiny_run("--model_ema true --epochs 1", output_dir=tmp_path / "run"))
+    places = {
+        "/path/to/results/vit_images/": f"{tmp_path / 'run'}/",
+        "/path/to/exported": tmp_path / "exported",
+        "/path/to/photo.jpg": image_folder / "val" / "grey" / "000.jpg",
+        "/path/to/photos/": image_folder / "val" / "grey",
+    }
+    page = "docs/use.md"
+    for call in (predict.main, export.main):
+        for words in calls(f"{call.__module__}.py", page):
+            call(placed(words, places))
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["image"][-7:] for line in lines[1:5]] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
+    for words in calls("main.py", page):
+        assert script.main(placed(words, places)).keys() >= {"test_acc1"}
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        for name, place in places.items():
+            snippet = snippet.replace(name, str(place))
+        exec(snippet, {})
+    likeliest = lines[0].partition(": ")[2].split()[0]
+    assert capsys.readouterr().out.split() == [likeliest] * 3
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/selection.md"])
 def test_timm_snippet_runs(page, selected):
     snippets = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
@@ -295,6 +323,8 @@ PARSERS = {
     "weight_selection.py": selection_options,
     "compare.py": compare.parse,
     "sweep.py": sweep_options,
+    "export.py": export_options,
+    "predict.py": predict_options,
 }
 
 

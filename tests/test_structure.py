@@ -16,8 +16,8 @@ LEVELS = [
     ["selection"],
     ["training"],
     ["images"],
-    ["datasets", "engine"],
-    ["main", "weight_selection", "compare"],
+    ["datasets", "engine", "deploy"],
+    ["main", "weight_selection", "compare", "export", "predict"],
     ["sweep"],
     ["study", "bench"],
 ]

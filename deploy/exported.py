@@ -1,0 +1,162 @@
+"""A trained model apart from the run that trained it, described as timm and the Hugging Face Hub describe one."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import Tensor, nn
+from torchvision import transforms
+
+import models
+from images.settings import View
+from images.transforms import eval_config
+from models.build import constructor_arguments
+from training.checkpoint import (
+    BEST_CHECKPOINTS,
+    newest_checkpoint,
+    numbered_checkpoints,
+    options_of,
+    read_checkpoint,
+)
+from utils import UserError
+from weightfiles.read import check_finite, check_plain, read_weights
+
+CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
+MARK = "weight_selection"  # what export.py adds to config.json: from which checkpoint, and the sha256 of the weights
+# Arguments of a constructor that main.py's options set and that change the training alone
+TRAINING_ONLY = ("drop_path_rate", "head_init_scale")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A trained model: `config` is the content of its config.json, `tensors` are its weights by timm's names.
+
+    `source` is the file that holds them.
+    """
+
+    source: Path
+    config: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, or their numbers."""
+        return self.config.get("label_names") or [str(number) for number in range(self.config["num_classes"])]
+
+    @property
+    def channels(self) -> int:
+        """3, or 1 for a model of grey images."""
+        return self.config["pretrained_cfg"]["input_size"][0]
+
+    def build(self) -> nn.Module:
+        """Build the model with its weights, to evaluate. UserError if the weights are another model's."""
+        name, arguments = self.config["architecture"], self.config["model_args"]
+        model = models.create(name, {"num_classes": self.config["num_classes"], **arguments}, short=False)
+        models.check_fit(self.tensors, model, f"{self.source} does not fit the model that is described, {name}")
+        model.load_state_dict(self.tensors)
+        return model.eval()
+
+    def transform(self) -> transforms.Compose:
+        """Build the transform of the images, PIL image of as many `channels` to float [channels, S, S]."""
+        seen = timm.data.resolve_data_config(pretrained_cfg=self.config["pretrained_cfg"])
+        return timm.data.create_transform(**seen)
+
+
+def open_run(location: Path, key: str) -> tuple[Path, dict]:
+    """Return the checkpoint that `location` names, or the best or else newest in the folder that it names, and its state.
+
+    With the key "model_ema", the best is that of the moving average if the run evaluated it. UserError if there is none.
+    """
+    if not os.path.isdir(location):  # Path.is_dir raises for a name that is too long
+        return location, read_checkpoint(location)
+    metrics = ["test_acc1_ema"] * (key == "model_ema") + ["test_acc1"]
+    for path in (location / BEST_CHECKPOINTS[metric] for metric in metrics):
+        if path.exists():
+            return path, read_checkpoint(path)
+    newest = newest_checkpoint(numbered_checkpoints(location))
+    if newest is None:
+        raise UserError(f"{location} has no checkpoint of main.py: wanted {path.name} or checkpoint-<epoch>.pth")
+    return newest
+
+
+def from_run(path: Path, state: dict, key: str) -> Exported:
+    """Describe the model in a checkpoint of main.py as it was evaluated; `key` is "model" or "model_ema"."""
+    options, classes = options_of(path, state), state["data"].get("classes")
+    if not (isinstance(classes, int) or (isinstance(classes, list) and classes)):
+        raise UserError(f"{path}: the classes in this checkpoint are damaged")
+    if not isinstance(state.get(key), dict):
+        raise UserError(f"{path} has no moving average of the weights: its run had no --model_ema true")
+    names = [str(number) for number in range(classes)] if isinstance(classes, int) else list(map(str, classes))
+    check_plain(path, state[key])
+    check_finite(state[key], path)
+    architecture, arguments = _constructor(options)
+    own = models.create(architecture, arguments, device="meta", short=False).pretrained_cfg
+    kept = {name: own.get(name) for name in ("first_conv", "classifier", "fixed_input_size")}
+    config = {
+        "architecture": architecture,
+        "num_classes": len(names),
+        "label_names": names,
+        "model_args": arguments,
+        "pretrained_cfg": {"num_classes": len(names)} | eval_config(View.from_options(options)) | kept,
+    }
+    return Exported(path, config, state[key])
+
+
+def _constructor(options: argparse.Namespace) -> tuple[str, dict]:
+    """Return timm's name of a run's model, and the arguments that decide what it computes in evaluation.
+
+    The image size is one of them even where it is the name's own: transformers builds the model from these alone.
+    """
+    given = constructor_arguments(options)
+    given = {key: given[key] for key in given if key not in TRAINING_ONLY or key in options.model_kwargs}
+    name, arguments = models.timm_arguments(options.model, given)
+    if models.takes_image_size(models.create(options.model, given, device="meta")):
+        arguments.setdefault("img_size", options.input_size)
+    if name.startswith("hf-hub:"):
+        _, name, saved = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        arguments = (saved or {}) | arguments
+    return name.partition(".")[0], arguments
+
+
+def read_exported(location: Path, key: str) -> Exported:
+    """Read the model of a run of main.py, of one of its checkpoints, or of a folder of export.py. UserError if there is none."""
+    config = read_config(location)
+    if config is None:
+        return from_run(*open_run(location, key), key)
+    if key != "model":
+        raise UserError(f"--model_key {key} is for runs of main.py: {location} holds a single set of weights")
+    weights = location / WEIGHTS
+    tensors = read_weights(weights)
+    check_finite(tensors, weights)
+    mark = config.get(MARK)
+    if isinstance(mark, dict) and mark.get("sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():
+        raise UserError(f"{weights} is not the file that its {CONFIG} describes (sha256 differs): export it again")
+    return Exported(weights, config, tensors)
+
+
+def read_config(folder: Path) -> dict | None:
+    """Read the config.json of a folder that timm can load; None if the folder has none. UserError if it is damaged."""
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if os.path.isfile(file) else {}
+        if "architecture" not in content:
+            return None
+        seen, arguments = content["pretrained_cfg"], dict(content.get("model_args") or {})
+        channels, height, width = seen["input_size"]
+        if seen.get("fixed_input_size"):  # as timm does for what others have written
+            arguments.setdefault("img_size", [height, width])
+        if channels != 3:
+            arguments.setdefault("in_chans", channels)
+        names, count = content.get("label_names"), int(content["num_classes"])
+        if names is not None and not (isinstance(names, list) and len(names) == count):
+            raise ValueError(f"its label_names are not a list of {count} names")
+        if not re.fullmatch(r"\w+", content["architecture"]):  # a name with a source would be looked up in the network
+            raise ValueError(f"{content['architecture']} is not a name of timm")
+        return content | {"model_args": arguments, "label_names": names and list(map(str, names))}
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{file} does not describe a model ({type(error).__name__}: {error})") from error

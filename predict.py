@@ -1,0 +1,77 @@
+"""Print the likeliest classes of images by a trained model: a run of main.py, or a folder of export.py."""
+
+from options import predict_options
+
+if __name__ == "__main__":
+    predict_options()  # answer -h and usage errors before importing torch
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from deploy.exported import Exported, read_exported
+from images.images import Images, printable
+from training.distributed import pick_device
+from utils import UserError, run_script, start_logging
+
+BATCH = 32
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script: print a line per image."""
+    options = predict_options(argv)
+    start_logging()
+    device = pick_device(options.device)
+    paths = [path for name in options.images for path in image_files(name)]
+    exported = read_exported(Path(options.model), options.model_key)
+    labels = exported.labels
+    for path, probabilities in zip(paths, predict(exported, paths, device), strict=True):
+        values, classes = probabilities.topk(min(options.top, len(labels)))
+        likeliest = [(labels[number], value) for number, value in zip(classes.tolist(), values.tolist(), strict=True)]
+        if options.json:
+            entries = [{"class": label, "probability": value} for label, value in likeliest]
+            print(json.dumps({"image": path, "classes": entries}))
+        else:
+            print(f"{printable(path)}: {', '.join(f'{label} {100 * value:.1f} %' for label, value in likeliest)}")
+
+
+def image_files(name: str) -> list[str]:
+    """Return the image file `name`, or all those in and below the folder `name`, sorted, without hidden ones.
+
+    UserError if there are none.
+    """
+    if not os.path.isdir(name):
+        if not os.path.isfile(name):
+            raise UserError(f"{name} is neither an image nor a folder")
+        return [name]
+    below = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    files = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(name).parts)]
+    if not files:
+        raise UserError(f"{name}: no file in this folder ends in {', '.join(IMG_EXTENSIONS)}")
+    return files
+
+
+@torch.inference_mode()
+def predict(exported: Exported, paths: list[str], device: torch.device) -> Iterator[Tensor]:
+    """Yield the probabilities [classes] of each image, in order. UserError for an image that cannot be read."""
+    model, transform = exported.build().to(device), exported.transform()
+    images, mode = Images("images", [0] * len(paths), paths=paths), "L" if exported.channels == 1 else "RGB"
+
+    def pixels(index: int) -> Tensor:
+        return transform(images[index][0].convert(mode))
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
+        for start in range(0, len(paths), BATCH):
+            batch = torch.stack(list(pool.map(pixels, range(len(paths))[start : start + BATCH])))
+            yield from model(batch.to(device)).float().softmax(1).cpu()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
