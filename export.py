@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 
 from datasets import FOLDERS, load_images
-from deploy.exported import CONFIG, MARK, ONNX, WEIGHTS, Exported, from_run, open_run, read_config
+from deploy.exported import CONFIG, MARK, ONNX, WEIGHTS, Exported, from_run, read_config
 from deploy.ways import Way, accuracies, differences, missing, open_ways, write_onnx
 from images.images import Images
 from images.settings import View
 from images.transforms import eval_transform
 from models.build import build_model, constructor_arguments
 from models.fit import check_fit
-from training.checkpoint import options_of
+from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from training.teacher import check_same_classes
 from utils import UserError, check_creatable, json_lines, run_script, start_logging, write_together
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> Path:
     absent = missing("onnx", "onnxscript") if options.onnx else []
     if absent:
         raise UserError(f"--onnx needs the packages onnx and onnxscript: pip install {' '.join(absent)}")
-    path, state = open_run(Path(options.run), options.model_key)
+    path = checkpoint_of(Path(options.run), options.model_key)
+    state = read_checkpoint(path)
     exported = from_run(path, state, options.model_key)
     run = options_of(path, state)
     with tempfile.TemporaryDirectory() as scratch:  # checked there, so that a folder is either right or not written

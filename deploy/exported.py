@@ -16,13 +16,7 @@ import models
 from images.settings import View
 from images.transforms import eval_config
 from models.build import constructor_arguments
-from training.checkpoint import (
-    BEST_CHECKPOINTS,
-    newest_checkpoint,
-    numbered_checkpoints,
-    options_of,
-    read_checkpoint,
-)
+from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from utils import UserError
 from weightfiles.read import check_finite, check_plain, read_weights
 
@@ -67,25 +61,11 @@ class Exported:
         return timm.data.create_transform(**seen)
 
 
-def open_run(location: Path, key: str) -> tuple[Path, dict]:
-    """Return the checkpoint that `location` names, or the best or else newest in the folder that it names, and its state.
-
-    With the key "model_ema", the best is that of the moving average if the run evaluated it. UserError if there is none.
-    """
-    if not os.path.isdir(location):  # Path.is_dir raises for a name that is too long
-        return location, read_checkpoint(location)
-    metrics = ["test_acc1_ema"] * (key == "model_ema") + ["test_acc1"]
-    for path in (location / BEST_CHECKPOINTS[metric] for metric in metrics):
-        if path.exists():
-            return path, read_checkpoint(path)
-    newest = newest_checkpoint(numbered_checkpoints(location))
-    if newest is None:
-        raise UserError(f"{location} has no checkpoint of main.py: wanted {path.name} or checkpoint-<epoch>.pth")
-    return newest
-
-
 def from_run(path: Path, state: dict, key: str) -> Exported:
-    """Describe the model in a checkpoint of main.py as it was evaluated; `key` is "model" or "model_ema"."""
+    """Describe the model in a checkpoint of main.py as it was evaluated; `key` is "model" or "model_ema".
+
+    UserError if it has no such weights or is damaged.
+    """
     options, classes = options_of(path, state), state["data"].get("classes")
     if not (isinstance(classes, int) or (isinstance(classes, list) and classes)):
         raise UserError(f"{path}: the classes in this checkpoint are damaged")
@@ -127,7 +107,8 @@ def read_exported(location: Path, key: str) -> Exported:
     """Read the model of a run of main.py, of one of its checkpoints, or of a folder of export.py. UserError if there is none."""
     config = read_config(location)
     if config is None:
-        return from_run(*open_run(location, key), key)
+        path = checkpoint_of(location, key)
+        return from_run(path, read_checkpoint(path), key)
     if key != "model":
         raise UserError(f"--model_key {key} is for runs of main.py: {location} holds a single set of weights")
     weights = location / WEIGHTS

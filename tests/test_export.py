@@ -17,6 +17,7 @@ from PIL import Image
 import export
 import main as script
 import models
+import predict
 from deploy.exported import from_run
 from images.settings import View
 from images.transforms import eval_config, eval_transform
@@ -229,3 +230,18 @@ def test_model_of_the_hub_is_described_by_its_architecture(runs, tmp_path, monke
     assert described.config["architecture"] == "vit_tiny_patch16_224"
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(described.build()(pixels), own(pixels))
+
+
+def test_model_of_grey_images_is_given_grey_ones(train, tmp_path, image_folder, capsys):
+    train("--epochs 1 --input_size 40 --model_kwargs in_chans=1")
+    out = export.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    path = tmp_path / "run" / "checkpoint-best.pth"
+    view = View.from_options(options_of(path, read_checkpoint(path)))
+    picture = Image.fromarray(smooth(50, 70)).convert("L")
+    pixels = transformers.AutoImageProcessor.from_pretrained(out)(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels[0], eval_transform(view)(picture.convert("RGB"))) and pixels.shape == (1, 1, 40, 40)
+    capsys.readouterr()
+    for model in (out, path):
+        predict.main([str(model), str(image_folder / "val" / "grey" / "000.jpg"), "--device", "cpu"])
+    by_folder, by_run = capsys.readouterr().out.splitlines()
+    assert by_folder == by_run and "grey" in by_run

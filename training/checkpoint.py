@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -180,6 +181,24 @@ def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read")
     return None
+
+
+def checkpoint_of(location: Path, key: str) -> Path:
+    """Return the file that `location` names or, in a folder, the best or else the newest checkpoint that can be read.
+
+    With the key "model_ema", the best is that of the moving average if the run evaluated it. UserError if there is none.
+    """
+    if not os.path.isdir(location):  # Path.is_dir raises for a name that is too long
+        return location
+    metrics = ["test_acc1_ema"] * (key == "model_ema") + ["test_acc1"]
+    for path in (location / BEST_CHECKPOINTS[metric] for metric in metrics):
+        if path.exists():
+            return path
+    newest = newest_checkpoint(numbered_checkpoints(location))
+    if newest is None:
+        raise UserError(f"{location} has no checkpoint of main.py: wanted {path.name} or checkpoint-<epoch>.pth")
+    log.info("%s has no %s: the newest checkpoint, %s, is taken", location, path.name, newest[0].name)
+    return newest[0]
 
 
 def save_numbered(folder: Path, state: dict, *, keep: int) -> None:

@@ -1,26 +1,16 @@
 """A trained model to take weights from: which model it is, and where its weights are. A run of main.py knows both."""
 
 import argparse
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import models
 from models.pixels import MeanAndStd, mean_and_std
 from options import plain, training_defaults
-from training.checkpoint import (
-    BEST_CHECKPOINTS,
-    CHECKPOINT_FORMAT,
-    check_checkpoint,
-    newest_checkpoint,
-    numbered_checkpoints,
-)
+from training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, checkpoint_of
 from utils import UserError
 from weightfiles.lazy import read_mapped
 from weightfiles.read import check_file
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,19 +62,7 @@ def _open(path: Path, key: str) -> tuple[Path, dict | None]:
 
     The state's tensors may be mapped: they are neither read nor checked here.
     """
-    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        wanted = ["test_acc1_ema"] * (key == "model_ema") + ["test_acc1"]
-        best = [path / BEST_CHECKPOINTS[metric] for metric in wanted]
-        found = next((file for file in best if file.exists()), None)
-        if found is None:
-            newest = newest_checkpoint(numbered_checkpoints(path))
-            if newest is None:
-                raise UserError(
-                    f"{path} has no checkpoint of main.py: wanted {best[-1].name} or checkpoint-<epoch>.pth"
-                )
-            log.info("%s has no %s: the newest checkpoint, %s, is taken", path, best[-1].name, newest[0].name)
-            return newest
-        path = found
+    path = checkpoint_of(path, key)
     check_file(path)
     if path.suffix not in (".pth", ".pt", ".bin"):
         return path, None
