@@ -86,7 +86,7 @@ def write(folder: Path, exported: Exported, options: argparse.Namespace, state: 
         write_onnx(exported.build(), exported.config["pretrained_cfg"]["input_size"], folder / ONNX)
     origin = {"checkpoint": exported.source.name, "epoch": state["epoch"], "weights": options.model_key}
     mark = {"format": EXPORT_FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), **origin}
-    text = json_lines(exported.config | {MARK: mark}, levels=2) + "\n"
+    text = json_lines(exported.config | {MARK: mark | exported.config[MARK]}, levels=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     return [WEIGHTS, *([ONNX] if options.onnx else []), CONFIG]
 
@@ -99,8 +99,7 @@ def check(
     Log what was measured and what was not. UserError if logits differ.
     """
     ways, left_out = open_ways(folder, options.onnx)
-    mode = "L" if exported.channels == 1 else "RGB"
-    images = evaluation_images(options, run, exported)
+    mode, images = exported.mode, evaluation_images(options, run, exported)
     shown = images or random_images(run.input_size)
     indices = np.unique(np.linspace(0, len(shown) - 1, CHECKED).astype(int)).tolist()
     largest = differences(ways, main_way(exported, run), shown, indices, mode)
@@ -149,6 +148,7 @@ def evaluation_images(options: argparse.Namespace, run: argparse.Namespace, expo
             raise
         log.warning("the run's data cannot be used, so random images alone are checked; see --data_path (%s)", error)
         return None
+    images = images.upright() if run.exif else images
     return images.skipping_bad() if run.bad_images == "skip" else images
 
 

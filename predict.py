@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deploy.exported import Exported, read_exported
+from images.folders import ENDINGS, Listing
 from images.images import Images, printable
 from training.distributed import pick_device
 from utils import UserError, run_script, start_logging
@@ -43,18 +43,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def image_files(name: str) -> list[str]:
-    """Return the image file `name`, or all those in and below the folder `name`, sorted, without hidden ones.
-
-    UserError if there are none.
-    """
+    """Return the image file `name`, or all those in and below the folder `name`; UserError if there are none."""
     if not os.path.isdir(name):
         if not os.path.isfile(name):
             raise UserError(f"{name} is neither an image nor a folder")
         return [name]
-    below = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    files = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(name).parts)]
+    listing = Listing()
+    files = listing.images(name)
     if not files:
-        raise UserError(f"{name}: no file in this folder ends in {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{name}: no file in this folder ends in {ENDINGS}")
+    listing.report()
     return files
 
 
@@ -62,10 +60,11 @@ def image_files(name: str) -> list[str]:
 def predict(exported: Exported, paths: list[str], device: torch.device) -> Iterator[Tensor]:
     """Yield the probabilities [classes] of each image, in order. UserError for an image that cannot be read."""
     model, transform = exported.build().to(device), exported.transform()
-    images, mode = Images("images", [0] * len(paths), paths=paths), "L" if exported.channels == 1 else "RGB"
+    images = Images("images", [0] * len(paths), paths=paths)
+    images = images.upright() if exported.upright else images
 
     def pixels(index: int) -> Tensor:
-        return transform(images[index][0].convert(mode))
+        return transform(images[index][0].convert(exported.mode))
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
         for start in range(0, len(paths), BATCH):

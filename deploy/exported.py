@@ -21,7 +21,7 @@ from utils import UserError
 from weightfiles.read import check_finite, check_plain, read_weights
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
-MARK = "weight_selection"  # what export.py adds to config.json: from which checkpoint, and the sha256 of the weights
+MARK = "weight_selection"  # what config.json says to this project alone: checkpoint, sha256 of the weights, --exif
 # Arguments of a constructor that main.py's options set and that change the training alone
 TRAINING_ONLY = ("drop_path_rate", "head_init_scale")
 
@@ -43,9 +43,15 @@ class Exported:
         return self.config.get("label_names") or [str(number) for number in range(self.config["num_classes"])]
 
     @property
-    def channels(self) -> int:
-        """3, or 1 for a model of grey images."""
-        return self.config["pretrained_cfg"]["input_size"][0]
+    def mode(self) -> str:
+        """The mode of Pillow's images that the transform takes."""
+        return "L" if self.config["pretrained_cfg"]["input_size"][0] == 1 else "RGB"
+
+    @property
+    def upright(self) -> bool:
+        """Whether images are first turned as their EXIF orientation says, as in a run with --exif true."""
+        mark = self.config.get(MARK)
+        return isinstance(mark, dict) and mark.get("exif") is True
 
     def build(self) -> nn.Module:
         """Build the model with its weights, to evaluate. UserError if the weights are another model's."""
@@ -56,7 +62,7 @@ class Exported:
         return model.eval()
 
     def transform(self) -> transforms.Compose:
-        """Build the transform of the images, PIL image of as many `channels` to float [channels, S, S]."""
+        """Build the transform of the images, PIL image of this `mode` to float [channels, S, S]."""
         seen = timm.data.resolve_data_config(pretrained_cfg=self.config["pretrained_cfg"])
         return timm.data.create_transform(**seen)
 
@@ -83,6 +89,7 @@ def from_run(path: Path, state: dict, key: str) -> Exported:
         "label_names": names,
         "model_args": arguments,
         "pretrained_cfg": {"num_classes": len(names)} | eval_config(View.from_options(options)) | kept,
+        MARK: {"exif": options.exif},
     }
     return Exported(path, config, state[key])
 

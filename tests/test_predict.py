@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_of, read_log
-from PIL import Image
+from PIL import ExifTags, Image
 
 import export
 import main as script
@@ -118,3 +119,23 @@ def test_average_is_refused_where_there_is_none(run, pictures, tmp_path):
     export.main([str(run), str(tmp_path / "out")])
     assert "holds a single set of weights" in error_of(predict, tmp_path / "out", pictures, "--model_key", "model_ema")
     assert len(read_log(run)) == 1
+
+
+def test_images_are_turned_if_the_runs_were(train, tmp_path, capsys):
+    train("--epochs 1 --exif true --aa none --reprob 0 --mixup 0 --cutmix 0")
+    out = export.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    halves = Image.fromarray(np.repeat([[0] * 32, [255] * 32], 16, axis=0).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down
+    halves.rotate(180).save(tmp_path / "stored.png", exif=exif)
+    halves.save(tmp_path / "plain.png")
+    for model in (tmp_path / "run", out):
+        turned, plain = printed(capsys, model, tmp_path / "stored.png", tmp_path / "plain.png", "--json")
+        assert json.loads(turned)["classes"] == json.loads(plain)["classes"]
+    config = json.loads((out / "config.json").read_text())
+    config["weight_selection"]["exif"] = False
+    (out / "config.json").write_text(json.dumps(config))
+    assert (
+        json.loads(printed(capsys, out, tmp_path / "stored.png", "--json")[0])["classes"]
+        != json.loads(plain)["classes"]
+    )
