@@ -32,7 +32,8 @@ def resized(tensors: Mapping[str, Tensor], model: nn.Module, image_size: object)
     family = FAMILIES[name]
     own = Layout.of(model, family)
     table, shapes = family.axes(own.shapes), shapes_of(tensors)
-    words = {key: family.words(table, key) or () for key in shapes if key in own.shapes}
+    # a row of the table may be of a weight and its bias, which has the first word alone
+    words = {key: (family.words(table, key) or ())[: len(own.shapes[key])] for key in shapes if key in own.shapes}
     pairs = {key: TensorPair(key, shapes[key], own.shapes[key]) for key in words if CHANGED & set(words[key])}
     pairs = {key: pair for key, pair in pairs.items() if _can_change(pair, words[key])}
     theirs = replace(own, shapes=shapes, grid=_grid(pairs, shapes, own, image_size), windows=_windows(pairs, own))

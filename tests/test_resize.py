@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import weights_of
-from small_models import EVA, EVA02, MIXER, SWIN, SWIN_T, VIT, VIT_T, random_tensors
+from small_models import EVA, EVA02, MIXER, PAIRS, SWIN, SWIN_T, VIT, VIT_T, random_tensors
 
 import models
 import weight_selection
@@ -38,6 +38,15 @@ def test_weights_are_resampled_as_by_a_selection(kind, tmp_path):
     assert result.keys() == expected.keys() and any(note in each for each in notes)
     assert all(torch.equal(result[key], expected[key]) for key in expected)
     assert resized(tensors, models.create(name, kwargs, device="meta"), None) == (tensors, [])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_weights_of_the_models_own_size_stay_as_they_are(kind):
+    *_, name, kwargs = PAIRS[kind]
+    model = models.create(name, kwargs, device="meta")
+    tensors = random_tensors(model, torch.float32)
+    result, notes = resized(tensors, model, None)
+    assert notes == [] and all(result[key] is tensors[key] for key in tensors)
 
 
 def test_grid_that_is_not_square_is_known_from_the_image_size():
