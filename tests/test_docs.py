@@ -62,7 +62,8 @@ TUNED = "/path/to/results/vit_small_images/"  # each command of the chain names 
 TUNE, DISTIL = (words for words in calls("main.py", "docs/recipes.md") if TUNED in words)
 (CUT,) = calls("weight_selection.py", "docs/recipes.md")
 REFITS = [words for words in calls("weight_selection.py", *PAGES) if "--refit" in words and words != CUT]
-TRAININGS = [words for words in calls("main.py", "docs/recipes.md") if TUNED not in words]
+(SHORT,) = (words for words in calls("main.py", "docs/recipes.md") if "short" in words)
+TRAININGS = [words for words in calls("main.py", "docs/recipes.md") if TUNED not in words and words != SHORT]
 LAUNCHED = TRAININGS[:4]
 # the commands' teacher and student at a small size, and what makes a selection from one to the other quick
 LARGE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -158,7 +159,7 @@ def test_pages_have_the_six_commands_of_the_paper():
     for words in TRAININGS[4:6]:  # the first recipe on one GPU
         alone = options_of(words)
         assert int(alone["--batch_size"]) * int(alone.get("--update_freq", 1)) == totals[0]
-    assert calls("main.py", "README.md") == TRAININGS[:1]
+    assert [words for words in calls("main.py", "README.md") if "--eval" not in words] == [SHORT, TRAININGS[0]]
 
 
 def test_published_selections_write_both_files(selected):
@@ -210,7 +211,7 @@ def _without(words, option):
 
 
 # one baseline is enough: all four differ from their commands in the same way
-@pytest.mark.parametrize("words", [*TRAININGS, _without(TRAININGS[0], "--initialize")])
+@pytest.mark.parametrize("words", [*TRAININGS, SHORT, _without(TRAININGS[0], "--initialize")])
 def test_training_reaches_its_first_optimizer_step(words, selected, data, dinov2, tmp_path, monkeypatch):
     monkeypatch.setattr("weightfiles.teacher.pretrained_file", lambda *_: dinov2 / "teacher.safetensors")
     if words != TRAININGS[0]:
