@@ -266,12 +266,7 @@ def mixes(options: argparse.Namespace) -> bool:
 # fmt: off
 
 
-def _selection_parser() -> argparse.ArgumentParser:
-    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
-    add = parser.add_argument
-    add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
-
-    group = parser.add_argument_group("the two models")
+def _pair_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model_type", choices=SELECTION_FAMILIES, help="family; picks a pair of models if none is named "
         "(default: vit, from ViT-S to ViT-T)")
@@ -279,13 +274,22 @@ def _selection_parser() -> argparse.ArgumentParser:
         help="teacher: a name of timm 0.6.12 or 1.x, hf-hub:USER/NAME, or one of ours (default: "
         "vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")
     add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
-        ".safetensors, .safetensors.index.json, .pth, .pt, .bin, .npz; or the folder or a checkpoint of a run of main.py, "
-        "which says what model it is")
-    add("--model_key", default="model|module|state_dict", help="where in the file the weights are, e.g. model_ema")
+        ".safetensors, .pth, .pt, .bin, an .index.json of these, .npz, a folder with model.safetensors or "
+        "pytorch_model.bin; or the folder or a checkpoint of a run of main.py, which says what model it is")
+    add("--model_key", default="model|module|state_dict", help="where in the file to look first; a single name, e.g. "
+        "model_ema, must be there")
+    add("--model_prefix", default="", help="take only keys that begin with it (default: what fits the teacher)")
     _keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for a custom size")
     add("--student_model", metavar="NAME", help="any smaller model of the same family")
     _keywords(group, "--student_kwargs", "arguments of the student's constructor")
 
+
+def _selection_parser() -> argparse.ArgumentParser:
+    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
+    add = parser.add_argument
+    add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
+
+    _pair_options(parser.add_argument_group("the two models"))
     add = parser.add_argument_group("what to select").add_argument
     add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
         help="which of the teacher's layers, in each stage")
@@ -446,8 +450,9 @@ def _training_parser() -> argparse.ArgumentParser:
         "https://…#sha256=…; leave it out for the random-init baseline")
     add("--init", choices=("timm", "xavier", "kaiming", "mimetic"), default="timm", help="random init: timm's own, or "
         "a baseline of the paper's comparison; mimetic is for ViTs")
-    add("--model_key", default="model|module", help="where in a nested file the weights are")
-    add("--model_prefix", default="", help="prefix to remove from the file's keys")
+    add("--model_key", default="model|module", help="where in the file to look first; a single name, e.g. model_ema, "
+        "must be there")
+    add("--model_prefix", default="", help="take only keys that begin with it (default: what fits the model)")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_set", default="IMNET", help=f"{', '.join(DATA_SETS)}, torch/NAME or hfds/NAME")

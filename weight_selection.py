@@ -56,6 +56,7 @@ from utils import Stream, UserError, check_creatable, json_lines, permutation, r
 from weightfiles.initialization import check_replaceable, write_initialization
 from weightfiles.lazy import Weights
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite
+from weightfiles.search import ANY_PART, Part
 from weightfiles.teacher import read_teacher
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def select_weights(
     student: ModelSpec,
     *,
     pretrained_path: str | None = None,
-    model_key: str = "model|module|state_dict",
+    part: Part = ANY_PART,
     choices: Choices = PUBLISHED,
     include_head: bool = False,
     plan_only: bool = False,
@@ -100,7 +101,7 @@ def select_weights(
     outline = outline_without_heads(teacher_model, student_model, choices)  # before anything is read or downloaded
     weights, classes = None, 0
     if not plan_only or choices.element_selection == "magnitude" or on_images:
-        weights = read_teacher(teacher, teacher_model, pretrained_path, model_key)
+        weights = read_teacher(teacher, teacher_model, pretrained_path, part)
     if include_head:
         classes = count_classes(weights, teacher_model, teacher.name)
         student = replace(student, kwargs={"num_classes": classes, **student.kwargs})
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         ModelSpec(teacher.name, teacher.kwargs),
         student,
         pretrained_path=teacher.path and str(teacher.path),
-        model_key=options.model_key,
+        part=Part(options.model_key, options.model_prefix),
         choices=Choices(options.layer_selection, rule, heads, options.seed),
         include_head=options.include_head,
         plan_only=options.plan,

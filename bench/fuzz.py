@@ -32,7 +32,7 @@ import timm
 import torch
 
 from bench import mutations
-from bench.fuzz_samples import Sample, Tensors, make_samples, select
+from bench.fuzz_samples import Sample, Tensors, initialize, make_samples, select
 from utils import UserError, json_lines
 
 SECONDS = 5.0  # of processor time, for all readers of a mutant
@@ -110,10 +110,10 @@ def fault_of_tensors(tensors: Tensors, reader: Callable, sample: Sample, path: P
     """How the tensors that a reader returned differ from what they must be, bit for bit, or ""."""
     try:
         expected = sample.intact if sample.intact and not fitting else sample.reference(path)
-        if reader is select:  # from a file that is surely what it says
-            whole = {key: tensor.clone() for key, tensor in expected.items()}
-            safetensors.torch.save_file(whole, "whole.safetensors")
-            expected = select(Path("whole.safetensors"))
+        if reader in (select, initialize):  # from a file that is surely what it says
+            whole = Path(f"{path.stem}.safetensors")
+            safetensors.torch.save_file({key: tensor.clone() for key, tensor in expected.items()}, whole)
+            expected = reader(whole)
     except Exception as error:
         return f"the library finds no tensors: {error!r}"[:300]
     mine, theirs = described(tensors), described(expected)

@@ -14,7 +14,7 @@ import torch
 import models
 import weight_selection
 from training import checkpoint
-from weightfiles import initialization, lazy, read
+from weightfiles import initialization, lazy
 
 NAME = "vit_tiny_patch16_224"
 TEACHER = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
@@ -35,9 +35,10 @@ class Sample(NamedTuple):
 
 def initialize(path: Path) -> Tensors:
     """As main.py takes `--initialize`: read, then copied into a model, whose head may have other classes."""
-    tensors, source = initialization.read_initialization(str(path), "vit")
+    model = MODELS[path.stem == "vit"]
+    tensors, source = initialization.read_initialization(str(path), model, NAME)
     json.dumps(source)  # it goes into config.json
-    models.inherit(MODELS[path.stem == "vit"], tensors, f"--initialize {path} does not fit --model {NAME}")
+    models.inherit(model, tensors, f"--initialize {path} does not fit --model {NAME}")
     return tensors
 
 
@@ -66,8 +67,20 @@ def flat(value: object, name: str = "") -> Tensors:
 
 
 def torch_load(path: Path) -> Tensors:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return content["model"] if isinstance(content.get("model"), dict) else content
+    """The tensors under strings, of the first of the parts that open_weights looks for."""
+    tensors = nested(torch.load(path, map_location="cpu", weights_only=True))
+    starts = [start for start in ("model.", "module.", "state_dict.") if any(key.startswith(start) for key in tensors)]
+    start = [*starts, ""][0]
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+
+
+def nested(value: object, name: str = "") -> Tensors:
+    """The tensors in nested mappings under strings, by the path of these."""
+    if isinstance(value, torch.Tensor):
+        return {name[1:]: value}
+    items = value.items() if isinstance(value, Mapping) else ()
+    inner = [nested(each, f"{name}.{key}") for key, each in items if isinstance(key, str)]
+    return dict(itertools.chain.from_iterable(each.items() for each in inner))
 
 
 def load_state(path: Path) -> Tensors:
@@ -139,9 +152,9 @@ def make_samples(folder: Path) -> dict[str, Sample]:
         write(path)
         return {file.name: file.read_bytes() for file in (path, *sorted(path.parent.iterdir()))}
 
-    foreign = [initialize, read.read_weights, lazy.open_weights, select]
-    nested = {"model": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
-    pth = written("w.pth", lambda path: torch.save(nested, path))
+    foreign = [initialize, lazy.open_weights, select]
+    wrapped = {"model": teacher, "epoch": 3, "optimizer": {"moments": [torch.ones(6), torch.zeros(6)]}}
+    pth = written("w.pth", lambda path: torch.save(wrapped, path))
     old = written("o.pt", lambda path: save_old(teacher, path))
     plain = written("w.safetensors", lambda path: safetensors.torch.save_file(teacher, path))
     index = written("model.safetensors.index.json", lambda path: save_index(teacher, path))

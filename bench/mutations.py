@@ -197,6 +197,15 @@ RUN_CODE += [push("posix") + push("system") + b"\x93" + SHELL + b"\x85R", b"\x82
 RUN_CODE += [b"ctorch._utils\n_rebuild_tensor_v2\n}" + push("__code__") + SHELL + b"sb"]
 RUN_CODE += [b"ctorch\nTensor\n}" + push("__init__") + SHELL + b"sb"]
 RUN_CODE += [called("builtins.getattr", b"ctorch._utils\nos\n", push("system")) + SHELL + b"\x85R"]
+# names that have a stand-in, or that torch.load itself calls
+RUN_CODE += [
+    b"c" + name + b"\n}" + push("__setstate__") + SHELL + b"sb" for name in (b"argparse\nNamespace", b"numpy\ndtype")
+]
+RUN_CODE += [
+    called("_codecs.encode", SHELL, push("zlib_codec")),
+    called("pathlib:Path.home"),
+    called("numpy.load", SHELL),
+]
 MEMORY = [called(name, push(10**9)) for name in "builtins.bytearray torch.Tensor torch.FloatTensor torch.Size".split()]
 MEMORY += [b"ctorch\nFloatTensor\n" + push(10**9) + b"\x85\x81", called("_codecs.encode", push("a"), push("hex"))]
 # lengths of LONG4, BINUNICODE, BINUNICODE8; and LONG_BINPUT, for which Python's unpickler in C makes a table as long

@@ -18,7 +18,8 @@ from images.transforms import eval_config
 from models.build import constructor_arguments
 from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from utils import UserError
-from weightfiles.read import check_finite, check_plain, read_weights
+from weightfiles.lazy import open_file
+from weightfiles.read import check_finite, flatten
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
 MARK = "weight_selection"  # what config.json says to this project alone: checkpoint, sha256 of the weights, --exif
@@ -78,8 +79,8 @@ def from_run(path: Path, state: dict, key: str) -> Exported:
     if not isinstance(state.get(key), dict):
         raise UserError(f"{path} has no moving average of the weights: its run had no --model_ema true")
     names = [str(number) for number in range(classes)] if isinstance(classes, int) else list(map(str, classes))
-    check_plain(path, state[key])
-    check_finite(state[key], path)
+    tensors = flatten(state[key])
+    check_finite(tensors, path)
     architecture, arguments = _constructor(options)
     own = models.create(architecture, arguments, device="meta", short=False).pretrained_cfg
     kept = {name: own.get(name) for name in ("first_conv", "classifier", "fixed_input_size")}
@@ -91,7 +92,7 @@ def from_run(path: Path, state: dict, key: str) -> Exported:
         "pretrained_cfg": {"num_classes": len(names)} | eval_config(View.from_options(options)) | kept,
         MARK: {"exif": options.exif},
     }
-    return Exported(path, config, state[key])
+    return Exported(path, config, tensors)
 
 
 def _constructor(options: argparse.Namespace) -> tuple[str, dict]:
@@ -119,7 +120,7 @@ def read_exported(location: Path, key: str) -> Exported:
     if key != "model":
         raise UserError(f"--model_key {key} is for runs of main.py: {location} holds a single set of weights")
     weights = location / WEIGHTS
-    tensors = read_weights(weights)
+    tensors = dict(open_file(weights))
     check_finite(tensors, weights)
     mark = config.get(MARK)
     if isinstance(mark, dict) and mark.get("sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():

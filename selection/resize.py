@@ -9,14 +9,28 @@ from torch import Tensor, nn
 import models
 from selection.axes import TensorPair
 from selection.families import FAMILIES
-from selection.family import Layout
+from selection.family import Family, Layout
 from selection.positions import TOKENS, size_steps
 from selection.tensors import carry_out
+from weightfiles.conversions import LARGEST_PATCH
 from weightfiles.read import shapes_of
-from weightfiles.teacher import LARGEST_PATCH
 
 CHANGED = {"~", "rgb"}  # words of axes that follow the images' size and channels
 KERNEL, TABLE = "patch_embed.proj.weight", ".relative_position_bias_table"
+
+
+def follow_images(model: nn.Module) -> frozenset[str]:
+    """Return the names of the model's tensors that `resized` can bring to another size."""
+    name = models.family_of(model)
+    return frozenset(_words(FAMILIES[name], shapes_of(model.state_dict())) if name else ())
+
+
+def _words(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the words of the axes of each tensor that has an axis that follows the images."""
+    table = family.axes(shapes)
+    # one row of the table may be for a kernel and for its bias, which has the first axis alone
+    words = {key: (family.words(table, key) or ())[: len(shape)] for key, shape in shapes.items()}
+    return {key: each for key, each in words.items() if CHANGED & set(each)}
 
 
 def resized(tensors: Mapping[str, Tensor], model: nn.Module, image_size: object) -> tuple[dict[str, Tensor], list[str]]:
@@ -31,10 +45,8 @@ def resized(tensors: Mapping[str, Tensor], model: nn.Module, image_size: object)
         return result, notes
     family = FAMILIES[name]
     own = Layout.of(model, family)
-    table, shapes = family.axes(own.shapes), shapes_of(tensors)
-    # a row of the table may be of a weight and its bias, which has the first word alone
-    words = {key: (family.words(table, key) or ())[: len(own.shapes[key])] for key in shapes if key in own.shapes}
-    pairs = {key: TensorPair(key, shapes[key], own.shapes[key]) for key in words if CHANGED & set(words[key])}
+    words, shapes = _words(family, own.shapes), shapes_of(tensors)
+    pairs = {key: TensorPair(key, shapes[key], own.shapes[key]) for key in words if key in shapes}
     pairs = {key: pair for key, pair in pairs.items() if _can_change(pair, words[key])}
     theirs = replace(own, shapes=shapes, grid=_grid(pairs, shapes, own, image_size), windows=_windows(pairs, own))
     for key, pair in pairs.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils import run_script, write_atomically
-from weightfiles.read import read_weights
+from weightfiles.lazy import open_weights
 
 
 def shuffled(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     buffer = io.BytesIO()
-    torch.save(shuffled(read_weights(options.source), options.seed), buffer)
+    torch.save(shuffled(open_weights(options.source), options.seed), buffer)
     write_atomically(options.target, buffer.getvalue())
 
 

@@ -9,6 +9,7 @@ import stat
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from weight_files import assert_refused, flip
 
 from training.checkpoint import NEWER, STATE, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
@@ -16,7 +17,8 @@ from training.start import find_checkpoint
 from utils import UserError, write_atomically
 from weightfiles.initialization import find_initialization, read_initialization, write_initialization
 
-TENSORS = {"norm.weight": torch.arange(6.0), "norm.bias": torch.ones(2, 3)}
+TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
+MODEL = nn.Linear(3, 2)
 
 
 # ---- initialization files ----
@@ -44,25 +46,27 @@ def test_folder_without_or_with_several_fitting_files_is_refused(tmp_path):
 
 def test_file_and_description_are_plain_and_belong_together(tmp_path):
     path = tmp_path / "vit.safetensors"
-    sha256 = write_initialization(path, TENSORS, {"family": "vit"})
+    sha256 = write_initialization(path, TENSORS, {"choices": "first"})
     assert json.loads((tmp_path / "vit.json").read_text()) == {
         "format": "weight-selection initialization 1",
         "sha256": sha256,
-        "family": "vit",
+        "choices": "first",
     }
     assert safetensors.torch.load_file(path).keys() == TENSORS.keys()
-    assert read_initialization(str(path), "vit")[1]["family"] == "vit"
-    flip(path, TENSORS["norm.weight"])  # safetensors itself does not notice
+    assert read_initialization(str(path), MODEL, "linear")[1]["choices"] == "first"
+    flip(path, TENSORS["weight"])  # safetensors itself does not notice
     assert_refused(
-        path, r"is not the file that vit\.json describes", [lambda path: read_initialization(str(path), "vit")]
+        path,
+        r"is not the file that vit\.json describes",
+        [lambda path: read_initialization(str(path), MODEL, "linear")],
     )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value, tmp_path):
-    torch.save({"norm.weight": torch.tensor([1.0, value])}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"x\.pth: norm\.weight holds values that are not finite"):
-        read_initialization(str(tmp_path / "x.pth"), "vit")
+    torch.save(TENSORS | {"bias": torch.tensor([1.0, value])}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth: bias holds values that are not finite"):
+        read_initialization(str(tmp_path / "x.pth"), MODEL, "linear")
 
 
 # ---- writing ----

@@ -11,7 +11,7 @@ import torch
 
 from bench import fuzz, mutations
 from utils import UserError
-from weightfiles.read import read_weights
+from weightfiles.lazy import open_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits and units of memory")
 
@@ -42,7 +42,7 @@ def test_untouched_file_of_every_kind_loads(fitting, monkeypatch):
 
 
 def changed(change):
-    return lambda path: {k: change(v) if k == "norm.weight" else v for k, v in read_weights(path).items()}
+    return lambda path: {k: change(v) if k == "norm.weight" else v for k, v in open_weights(path).items()}
 
 
 def fail(error):
@@ -60,7 +60,7 @@ FAULTS = {  # a reader, and what is said of it
     "other value": (changed(lambda tensor: tensor + 1), OTHER),
     "other shape": (changed(lambda tensor: tensor[None]), OTHER),
     "other dtype": (changed(lambda tensor: tensor.double()), OTHER),
-    "one tensor": (lambda path: {"norm.weight": read_weights(path)["norm.weight"]}, "not the tensors of the file"),
+    "one tensor": (lambda path: {"norm.weight": open_weights(path)["norm.weight"]}, "not the tensors of the file"),
     "other error": (lambda path: fail(KeyError("norm.weight")), "KeyError('norm.weight')"),
     "no name": (lambda path: fail(UserError("something is wrong")), "the line names no file"),
     "runs code": (lambda path: os.system("true"), "did more than read: os.system"),
@@ -80,7 +80,7 @@ def test_judge_sees_a_reader_that_does_wrong(fault, monkeypatch, capsys):
     reader, said = FAULTS[fault]
     limit = {"takes long": ("SECONDS", 0.5), "takes memory": ("MEMORY", 64 * fuzz.MB), "hangs": ("HANGS", 1.0)}
     monkeypatch.setattr(fuzz, *limit.get(fault, ("SECONDS", 5.0)))
-    monkeypatch.setattr("weightfiles.read.read_weights", lambda path: reader(path) or read_weights(path))
+    monkeypatch.setattr("weightfiles.lazy.open_weights", lambda path: reader(path) or open_weights(path))
     monkeypatch.setattr(mutations, "MUTATIONS", {".pth": [untouched]})
     (verdict,) = fuzz.fuzz(1, seed=0, only=".pth/0")
     assert verdict.outcome == "failed" and said in verdict.said

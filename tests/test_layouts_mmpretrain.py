@@ -303,7 +303,7 @@ def test_mmpretrain_files_give_the_same_outputs(case, tmp_path):
     file = File(shapes)
     torch.save({"meta": {}, "state_dict": dict(file)}, tmp_path / "weights.pth")
     meta = models.create(name, kwargs, device="meta")
-    weights = read_teacher(ModelSpec(name, kwargs), meta, tmp_path / "weights.pth", "model|state_dict")
+    weights = read_teacher(ModelSpec(name, kwargs), meta, tmp_path / "weights.pth")
     assert not weights.whole
     model = models.create(name, kwargs).double().eval()
     model.load_state_dict(dict(weights))

@@ -133,9 +133,13 @@ def test_checkpoint_of_a_run_can_start_another(train, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("cls_token", torch.zeros(1, 1, 16), r"fit --model vit_tiny: cls_token is \[1, 1, 16\], not \[1, 1, 32\]"),
-        ("cls_token", None, "cls_token is missing"),
-        ("extra.weight", torch.zeros(1), r"extra\.weight is unknown"),
+        (
+            "cls_token",
+            torch.zeros(1, 1, 16),
+            r"has cls_token \[1, 1, 16\], unlike the \[1, 1, 32\] of vit_tiny; see --model_kwargs",
+        ),
+        ("cls_token", None, "has no cls_token, unlike the"),
+        ("norm_pre.weight", torch.zeros(1), "has norm_pre.weight, which is no tensor of vit_tiny"),
         ("norm.bias", torch.full((32,), torch.nan), r"norm\.bias holds values that are not finite"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import weights_of
-from small_models import EVA, EVA02, MIXER, PAIRS, SWIN, SWIN_T, VIT, VIT_T, random_tensors
+from small_models import CONVNEXT, EVA, EVA02, MIXER, PAIRS, RESNET, SWIN, SWIN_T, VIT, VIT_T, random_tensors
 
 import models
 import weight_selection
@@ -23,6 +23,8 @@ OTHER = {
     "channels": (VIT_T, VIT, {"in_chans": 1}, "adapted from 3 to 1 image channels"),
     "rotary": (EVA02, EVA, {"img_size": 32}, "pos_embed resampled from 4x4 patches to 8x8"),
     "windows": (SWIN_T, SWIN, {"window_size": 2, "img_size": 16}, "resampled from windows of 4x4 to 2x2"),
+    "convnext": ("convnext_atto", CONVNEXT, {"in_chans": 1}, "adapted from 3 to 1 image channels"),
+    "resnet": ("resnet26d", {**RESNET, "stem_width": 8}, {"in_chans": 1}, "adapted from 3 to 1 image channels"),
     "mixer": ("small_mixer", MIXER, {"img_size": 32, "patch_size": 8}, "resampled from patches of 4x4 to 8x8"),
 }
 
@@ -122,5 +124,7 @@ def test_checkpoint_of_small_images_starts_a_run_on_large_ones(train, tmp_path, 
 
 def test_other_differences_are_still_named(described, train):
     file = described(embed_dim=16, img_size=64)
-    with pytest.raises(UserError, match=r"does not fit --model vit_tiny: cls_token is \[1, 1, 16\], not \[1, 1, 32\]"):
+    with pytest.raises(
+        UserError, match=r"has cls_token \[1, 1, 16\], unlike the \[1, 1, 32\] of vit_tiny; see --model_k"
+    ):
         train("--initialize", file)

@@ -19,7 +19,7 @@ from selection.match import match
 from selection.rules import Choices
 from selection.tensors import magnitudes
 from utils import UserError
-from weightfiles.read import read_weights
+from weightfiles.lazy import open_weights
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def refit(small_teacher, folder, tmp_path):
         path = weight_selection.main(
             [*arguments(small_teacher[0], folder, *more), "--output_dir", str(tmp_path / name)]
         )
-        return read_weights(path), json.loads(path.with_suffix(".json").read_text())
+        return open_weights(path), json.loads(path.with_suffix(".json").read_text())
 
     return run
 
@@ -199,7 +199,7 @@ def test_what_is_refitted_is_float32_and_copies_keep_their_dtype(small_teacher, 
     left |= {
         f"blocks.{block}.norm{number}.{part}" for block in (0, 1) for number in (1, 2) for part in ("weight", "bias")
     }
-    for key, tensor in read_weights(out).items():
+    for key, tensor in open_weights(out).items():
         assert tensor.dtype == (torch.bfloat16 if key in left else torch.float32), key
 
 

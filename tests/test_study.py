@@ -18,7 +18,7 @@ import weight_selection
 from study import arms, report, run, runs, shuffle, studies, untrained
 from training import launch
 from utils import STOPPED, UserError
-from weightfiles.read import read_weights
+from weightfiles.lazy import open_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,7 +221,7 @@ def test_shuffling_keeps_each_tensors_values(tmp_path):
         shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", seed])
     command = [sys.executable, "-m", "study.shuffle", "teacher.pth", "y"]  # as a study runs it, from its folder
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": run.python_path()}, check=True)
-    x, y, z = (read_weights(tmp_path / file) for file in "xyz")
+    x, y, z = (open_weights(tmp_path / file) for file in "xyz")
     for key, tensor in tensors.items():
         assert x[key].shape == tensor.shape
         assert torch.equal(x[key].flatten().sort().values, tensor.flatten().sort().values)

@@ -14,6 +14,7 @@ import torch
 from conftest import assert_equal_weights, has_logged, pids, read_log, start, wait_for, weights_of
 from small_models import SCRIPT_STUDENT, SCRIPT_TEACHER
 
+import models
 import weight_selection
 from bench import survive
 from images import workers
@@ -196,7 +197,8 @@ def test_limit_of_file_size_keeps_an_initialization(suffix, small_teacher, tmp_p
     with largest_file(20_000):
         weight_selection.main([*options.split(), "--element_selection", "consecutive"])
     assert all(path.read_bytes() == content for path, content in before.items()) and not list(tmp_path.glob(".*.tmp"))
-    assert read_initialization(str(file), "vit")[1]["choices"]["element_selection"] == "uniform"
+    model = models.create("vit_tiny", SCRIPT_STUDENT, device="meta")
+    assert read_initialization(str(file), model, "vit_tiny")[1]["choices"]["element_selection"] == "uniform"
     assert safetensors.torch.load_file(file) if suffix == "safetensors" else torch.load(file, weights_only=True)
 
 

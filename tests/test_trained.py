@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import error_of, weights_of
 from small_models import assert_same
@@ -128,6 +129,13 @@ def test_run_of_other_means_is_warned_of_if_it_sees_images(run, image_folder, se
         caplog.clear()
 
 
+def test_folder_of_a_library_is_a_teacher_that_has_to_be_named(run, select, tmp_path):
+    safetensors.torch.save_file(state_of(run)["model"], tmp_path / "model.safetensors")
+    tensors, about = select(f"--pretrained_path {tmp_path} {KNOWN}")
+    assert about["teacher"]["file"] == f"{tmp_path}/model.safetensors"
+    assert_same(tensors, select(f"--pretrained_path {run}/checkpoint-0.pth")[0])
+
+
 # ---- the command that trains ----
 
 
@@ -153,7 +161,10 @@ def test_printed_command_trains_from_every_tensor(run, image_folder, tmp_path, c
     script.main([*words, "--data_path", str(image_folder), *quick.split()])
     trained = weights_of(tmp_path / "run", "checkpoint-0.pth")
     assert all(torch.equal(trained[key], tensor) for key, tensor in torch.load(output, weights_only=True).items())
-    assert f"--initialize {output}: 30 tensors taken" in caplog.text and "resampled" not in caplog.text
+    assert (
+        f"30 of 30 tensors of vit_tiny taken from {output} (timm layout)" in caplog.text
+        and "resampled" not in caplog.text
+    )
     options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert (options["input_size"], options["imagenet_default_mean_and_std"]) == (32, False)  # the run's
 

@@ -11,10 +11,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from models.families import family_of
 from models.fit import check_fit, inherit
 from options import FREE_ON_RESUME, training_defaults
-from selection.resize import resized
+from selection.resize import follow_images, resized
 from training import distributed
 from training.checkpoint import (
     BEST_CHECKPOINTS,
@@ -28,6 +27,7 @@ from training.checkpoint import (
 from utils import UserError, write_atomically
 from weightfiles.hub import fetch
 from weightfiles.initialization import read_initialization
+from weightfiles.search import Part
 
 log = logging.getLogger(__name__)
 
@@ -275,20 +275,14 @@ def load_initialization(path: Path, model: nn.Module, options: argparse.Namespac
 
     Weights for other images or patches are resampled, as a selection does.
     """
-    family = family_of(model)
-    key, prefix = options.model_key, options.model_prefix
-    tensors, source = read_initialization(str(path), family, model_key=key, prefix=prefix)
+    part = Part(options.model_key, options.model_prefix)
+    tensors, source = read_initialization(str(path), model, options.model, part, follow_images(model))
     option = f"--initialize {source['path']}"
-    student = source["student"] if isinstance(source["student"], dict) else {}
-    if source["family"] not in (None, family):
-        made_for = student.get("model", source["family"])
-        raise UserError(f"{option} was made for {made_for}, but --model is {options.model}")
-    kwargs = student.get("kwargs")
+    kwargs = source["student"].get("kwargs") if isinstance(source["student"], dict) else None
     tensors, notes = resized(tensors, model, kwargs.get("img_size") if isinstance(kwargs, dict) else None)
     other_head = inherit(model, tensors, f"{option} does not fit --model {options.model}")
     for note in notes:
         log.info("%s: %s", option, note)
     if other_head:
         log.info("%s: %s is for other classes; the head starts from random values", option, ", ".join(other_head))
-    log.info("%s: %d tensors taken", option, len(tensors) - len(other_head))
     return source

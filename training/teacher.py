@@ -1,7 +1,6 @@
 """The teacher of a distilled run: which model it is, where its weights are, and what has to agree with the run."""
 
 import argparse
-import hashlib
 import logging
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from options import plain
 from training import distributed
 from training.trained import Trained, find_trained
 from utils import UserError
-from weightfiles.lazy import INDEX_SUFFIX, read_index
+from weightfiles.lazy import sha256_of
 from weightfiles.read import check_finite
+from weightfiles.search import Part
 from weightfiles.teacher import file_of, read_teacher
 
 log = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ def read_tensors(named: Trained, model: nn.Module, key: str) -> tuple[dict[str, 
     if path is None:
         with distributed.main_first():
             path = file_of(named.name, model, "--teacher")
-    tensors = read_teacher(models.ModelSpec(named.name, named.kwargs), model, path, key, "--teacher")
-    own, left_out = model.state_dict().keys(), () if model.num_classes else models.head_prefixes(model)
-    return {name: tensors[name] for name in tensors if name in own or not name.startswith(left_out)}, path
+    spec = models.ModelSpec(named.name, named.kwargs)
+    return dict(read_teacher(spec, model, path, Part(key), "--teacher")), path
 
 
 def check_same_classes(theirs: list[str] | int, ours: list[str] | int, option: str) -> None:
@@ -114,12 +113,3 @@ def check_same_classes(theirs: list[str] | int, ours: list[str] | int, option: s
         for number, (their, our) in enumerate(zip(theirs, ours, strict=True)):
             if their != our:
                 raise UserError(f"{option}: its class {number} is {their}, but the data's is {our}")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file of weights; of an index and its files one after the other."""
-    digest = hashlib.sha256()
-    for each in [path, *(sorted(set(read_index(path).values())) if path.name.endswith(INDEX_SUFFIX) else ())]:
-        with open(each, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

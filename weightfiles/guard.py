@@ -7,12 +7,15 @@ import pickle
 import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
+
+from weightfiles.harmless import STAND_INS
 
 DOS_FOLDER = 0x10  # the bit of a zip entry's attributes
 END_BYTES = 98  # of an archive of torch.save: the zip64 record of its directory, the record's locator, the end record
@@ -22,7 +25,7 @@ DEPTH = 100  # of objects in objects
 CONTAINERS = (Mapping, list, tuple)
 # What torch.save writes for tensors and plain values. torch.load would call a few more that make tensors of any size.
 PLAIN = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? (?!Q)\w+Storage|"
+    r"collections (OrderedDict|Counter)|_codecs encode|torch\.serialization _get_layout|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch(\.storage)? (?!Q)\w+Storage|"
     r"torch Size|torch (?!q)[a-z]\w*|(builtins|__builtin__) (set|complex)"
 )
 GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # opcodes that add to an object below them
@@ -71,14 +74,15 @@ def _check_directory(archive: zipfile.ZipFile, size: int) -> None:
 def check_pickle(file: BinaryIO) -> list[list]:
     """Read one pickle's opcodes without executing them; return the ids of the storages that it asks for.
 
-    Raises UnpicklingError if it names anything that a plain tensor does not need, or if objects contain themselves, are
-    nested deeply, or hold far more objects than there are opcodes: hashing or printing such an object never ends.
+    Raises UnpicklingError if it names anything that neither a plain tensor needs nor has a stand-in, or if objects contain
+    themselves, are nested deeply, or hold far more objects than there are opcodes: hashing or printing such an object
+    never ends.
     """
     stack, marks, memo, asked = [], [], {}, []
     total = _Object(None)
     try:
         for op, argument, _ in pickletools.genops(file):
-            if op.name == "GLOBAL" and not PLAIN.fullmatch(argument):
+            if op.name == "GLOBAL" and not (PLAIN.fullmatch(argument) or _full_name(argument) in STAND_INS):
                 raise pickle.UnpicklingError(f"GLOBAL {argument.replace(' ', '.')}")
             if op.name in PUT:
                 memo[len(memo) if argument is None else argument] = stack[-1]
@@ -94,6 +98,8 @@ def check_pickle(file: BinaryIO) -> list[list]:
                     bottom = marks.pop() - op.stack_before.index(pickletools.markobject)
                 parts = stack[bottom:]
                 del stack[bottom:]
+                if op.name == "REDUCE" and parts[0].value == "_codecs encode":
+                    _check_encoding(parts[1])
                 if op.name == "BINPERSID":
                     asked.append([part.value for part in parts[0].value])
                 if op.stack_after:
@@ -104,6 +110,20 @@ def check_pickle(file: BinaryIO) -> list[list]:
         # ValueError comes from pickletools if this is no pickle, the others from opcodes that find nothing to work on
         raise pickle.UnpicklingError(str(error)) from error
     return asked
+
+
+def _full_name(argument: str) -> str:
+    """The name of a GLOBAL opcode's "module name" as torch looks it up, which knows the names of Python 2."""
+    module, name = argument.split(" ")
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+def _check_encoding(arguments: "_Object") -> None:
+    """UnpicklingError unless a call of `_codecs.encode` does what it is there for in a pickle: make bytes of Latin-1."""
+    text, encoding = arguments.value
+    if not (isinstance(text.value, str) and encoding.value == "latin1"):
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding.value}")
 
 
 def _result(name: str, argument: object, parts: list["_Object"]) -> "_Object":

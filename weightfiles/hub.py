@@ -26,7 +26,7 @@ def pretrained_file(model: nn.Module, name: str, options: str = "--pretrained") 
     """The local file of the pretrained weights of timm's `model`, downloaded unless the hub's or torch's cache has it.
 
     Sources are tried in timm's order (timm/models/_builder.py, _resolve_pretrained_source, at 1.0.31): file, hub, URL.
-    If a repository splits its weights over several `.safetensors` files, this is their index. Raises UserError, beginning
+    If a repository splits its weights over several files, this is their index. Raises UserError, beginning
     with --pretrained_model `name` (or other `options`), if there are no weights or they cannot be downloaded.
     """
     config = model.pretrained_cfg
@@ -49,11 +49,10 @@ def _from_hub(repository: str, filename: str) -> Path:
     """Fetch the first file that `repository`, or `repository@revision`, has under the names that stand for `filename`."""
     repository, _, revision = repository.partition("@")
     get = partial(hf_hub_download, repository, revision=revision or None)
-    # timm's order (load_state_dict_from_hf), followed by the index, which timm does not look for
+    # timm's order (load_state_dict_from_hf), followed by the indices, which timm does not look for
     safe = SAFE_NAMES.get(filename, re.sub(r"\.bin$", ".safetensors", filename))
     candidates = list(dict.fromkeys([safe, filename]))
-    if safe.endswith(".safetensors"):
-        candidates.append(f"{safe}.index.json")
+    candidates += [f"{name}{INDEX_SUFFIX}" for name in candidates if name.endswith((".safetensors", ".bin"))]
     unreachable = None
     for candidate in candidates:
         try:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models import family_of
 from utils import UserError, json_lines, write_together
-from weightfiles.read import WEIGHT_SUFFIXES, check_finite, read_weights
+from weightfiles.lazy import FOLDER_FILES, find_file, open_file, sha256_of
+from weightfiles.read import WEIGHT_SUFFIXES, check_finite
+from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
 
@@ -58,7 +61,7 @@ def read_description(path: Path) -> dict | None:
 
 
 def find_initialization(location: str, family: str | None) -> Path:
-    """The file that `--initialize` names, or the one in the named folder that was made for `family`."""
+    """Return the file that `--initialize` names; in a folder the one made for `family`, or a library's file of a model."""
     path = Path(location)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return path
@@ -66,6 +69,8 @@ def find_initialization(location: str, family: str | None) -> Path:
     fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
     if len(fitting) == 1:
         return fitting[0]
+    if not fitting and any((path / name).is_file() for name in FOLDER_FILES):
+        return find_file(path)
     names = ", ".join(file.name for file in fitting or files) or "no weights at all"
     problem = "several files" if fitting else "no file"
     raise UserError(
@@ -74,26 +79,31 @@ def find_initialization(location: str, family: str | None) -> Path:
 
 
 def read_initialization(
-    location: str, family: str | None, *, model_key: str = "model|module", prefix: str = ""
+    location: str, model: nn.Module, name: str, part: Part = ANY_PART, of_any_size: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict]:
-    """Read the weights that `--initialize` names, and their origin: path, sha256, and student, teacher… from the `.json`.
+    """Read the model's weights from what `--initialize` names, and their origin: path, sha256, and more from the `.json`.
 
-    Raises UserError if the file does not match its `.json` or holds values that are not finite.
+    `name` is that of --model. Tensors `of_any_size` may have another shape than the model's. Raises UserError if the file is made for a model of another family, does not fit, does
+    not match its `.json`, or holds values that are not finite.
     """
+    family = family_of(model)
     path = find_initialization(location, family)
-    tensors = read_weights(path, model_key, prefix)
-    check_finite(tensors, f"--initialize {path}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    description = read_description(path)
-    if description and description.get("sha256") != sha256:
-        raise UserError(
-            f"--initialize {path} is not the file that {path.stem}.json describes (sha256 differs): make it again"
-        )
-    known = {key: (description or {}).get(key) for key in ("family", "student", "teacher", "choices")}
+    option = f"--initialize {path}"
+    description = read_description(path) or {}
+    known = {key: description.get(key) for key in ("family", "student", "teacher", "choices")}
     if not _is_plain(known):
-        raise UserError(
-            f"--initialize {path}: {path.stem}.json holds what weight_selection.py does not write: make it again"
-        )
+        raise UserError(f"{option}: {path.stem}.json holds what weight_selection.py does not write: make it again")
+    if known["family"] not in (None, family):
+        student = known["student"] if isinstance(known["student"], dict) else {}
+        raise UserError(f"{option} was made for {student.get('model', known['family'])}, but --model is {name}")
+    wanted = Wanted(model, name, option, "--model_kwargs", of_any_size=of_any_size)
+    reading = find(path, open_file(path), wanted, part)
+    tensors = dict(reading.weights)
+    check_finite(tensors, option)
+    sha256 = sha256_of(path)
+    if description and description.get("sha256") != sha256:
+        raise UserError(f"{option} is not the file that {path.stem}.json describes (sha256 differs): make it again")
+    log_reading(reading, wanted, path)
     return tensors, {"path": str(path), "sha256": sha256, **known}
 
 

@@ -1,5 +1,6 @@
 """A teacher's tensors, each read on request: time and private memory grow with what is taken, not with the file."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -13,18 +14,22 @@ from torch import Tensor
 from utils import UserError, first_line
 from weightfiles.read import (
     check_file,
-    check_plain,
-    is_archive,
+    flatten,
+    format_of,
     open_archive,
     read_file,
-    read_weights,
     reading,
     shapes_of,
+    shown_keys,
     unpickle,
-    unwrap,
 )
 
-INDEX_SUFFIX = ".safetensors.index.json"
+MODEL_KEY = "model|module|state_dict"  # where training checkpoints keep their weights
+INDEX_SUFFIX = ".index.json"
+# the files that libraries put into the folder of a model, in the order in which transformers looks for them
+FOLDER_FILES = [
+    f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
+]
 CHECKSUM_CHUNK = 2**18  # bytes: small enough to stay in the processor's cache
 
 
@@ -48,7 +53,18 @@ class Weights(Mapping[str, Tensor]):
         """Wrap tensors that are in memory already; `whole` says why."""
         return cls(shapes_of(tensors), tensors.__getitem__, whole)
 
+    def renamed(self, names: Mapping[str, str]) -> "Weights":
+        """Return the tensors that `names` maps new names to, under these."""
+        shapes = {new: self.shapes[name] for new, name in names.items()}
+        return Weights(shapes, lambda new: self[names[new]], self.whole)
+
+    def under(self, prefix: str) -> "Weights":
+        """Return the tensors whose keys begin with `prefix`, without it."""
+        return self.renamed({key[len(prefix) :]: key for key in self if key.startswith(prefix)}) if prefix else self
+
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self.shapes:
+            raise KeyError(key)
         return self._read(key)
 
     def __contains__(self, key: object) -> bool:
@@ -61,27 +77,78 @@ class Weights(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def open_weights(path: str | Path, model_key: str = "model|module|state_dict") -> Weights:
-    """Open a `.safetensors` file, the files behind a `.safetensors.index.json`, or anything `torch.save` wrote.
+def open_weights(path: str | Path, model_key: str = MODEL_KEY) -> Weights:
+    """Open a file as `open_file` does, and take what `part_of` finds in it."""
+    weights = open_file(path)
+    return weights.under(part_of(path, weights, model_key))
 
-    `model_key` and the errors are those of `read.read_weights`. Tensors in an archive of `torch.save` are compared with
-    their checksum when they are read; `.safetensors` files and torch's old format have no checksums.
+
+def part_of(path: str | Path, weights: Weights, model_key: str) -> str:
+    """Return the prefix of the keys in the first part that the file has of those in `model_key`, which "|" separates.
+
+    A part is a nested mapping or keys that begin alike; "ema.module" is one in another. Return "" if there is none of
+    several; UserError if there is none of a single one.
+    """
+    parts = model_key.split("|")
+    for part in parts:
+        if any(key.startswith(f"{part}.") for key in weights):
+            return f"{part}."
+    if len(parts) > 1:
+        return ""
+    keys = shown_keys(weights)
+    raise UserError(f"{path} has no weights under {model_key} (--model_key, --teacher_key); its keys: {keys}")
+
+
+def open_file(path: str | Path) -> Weights:
+    """Open a `.safetensors` file, anything `torch.save` wrote, or the files behind an `.index.json` of such ones.
+
+    The tensors of nested mappings go by their keys joined with dots: `{"model": {"norm.weight": …}}` has the tensor
+    model.norm.weight. Objects that are no tensors are left out. Tensors in an archive of `torch.save` are compared with
+    their checksum when they are read; `.safetensors` files and torch's old format have no checksums. Raises UserError
+    with the path and the reason.
     """
     path = Path(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        return _renamed(path, _open_index(path), model_key)
-    check_file(path)
-    if path.suffix == ".safetensors":
-        weights = _open_safetensors(path)
-        return _renamed(path, dict.fromkeys(weights, weights), model_key)
-    with reading(path):
-        zipped = is_archive(path)
-    if not zipped:
-        return Weights.in_memory(read_weights(path, model_key), "a file of torch's old format is read whole")
-    weights = _open_archive(path, model_key)
-    if weights is None:
-        weights = Weights.in_memory(read_weights(path, model_key), "a compressed archive is read whole")
+    weights = _open_index(path) if path.name.endswith(INDEX_SUFFIX) else _open_single(path)
+    if not weights:
+        raise UserError(f"{path} holds no tensors under names")
     return weights
+
+
+def _open_single(path: Path) -> Weights:
+    check_file(path)
+    with reading(path):
+        match format_of(path):
+            case "safetensors":
+                return _open_safetensors(path)
+            case "archive" if path.suffix == ".safetensors":  # torch.load would not map it
+                return _in_memory(path, "an archive of torch.save whose name ends in .safetensors")
+            case "archive":
+                return _open_archive(path) or _in_memory(path, "a compressed archive")
+            case _:
+                return _in_memory(path, "a file of torch's old format")
+
+
+def _in_memory(path: Path, what: str) -> Weights:
+    return Weights.in_memory(flatten(read_file(path)), f"{what} is read whole")
+
+
+def find_file(path: str | Path, option: str = "") -> Path:
+    """Return the file that a path names, which may be the folder of a model as libraries write it.
+
+    Raises UserError, beginning with `option`, if there is none.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not files:
+            names = ", ".join(FOLDER_FILES)
+            raise UserError(f"{option}{path} is a folder without {names}: name the file of weights in it")
+        path = files[0]
+    try:
+        check_file(path)
+    except UserError as error:
+        raise UserError(f"{option}{error}") from error
+    return path
 
 
 def read_mapped(path: Path) -> Mapping | None:
@@ -91,7 +158,7 @@ def read_mapped(path: Path) -> Mapping | None:
     """
     check_file(path)
     with reading(path):
-        if not is_archive(path):
+        if format_of(path) != "archive":
             return None
         archive, _ = open_archive(path)
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
@@ -100,11 +167,11 @@ def read_mapped(path: Path) -> Mapping | None:
         return unpickle(path, mmap=True, map_location="cpu")
 
 
-# ---- safetensors ----
+# ---- an index of several files ----
 
 
 def read_index(path: Path) -> dict[str, Path]:
-    """Map each tensor's key to its file, as a `.safetensors.index.json` tells; all files must lie in its folder."""
+    """Map each tensor's key to its file, as an `.index.json` tells; all files must lie in its folder."""
     check_file(path)
     try:
         content = json.loads(path.read_bytes())
@@ -119,12 +186,37 @@ def read_index(path: Path) -> dict[str, Path]:
     return {key: path.parent / name for key, name in files.items()}
 
 
+def _open_index(path: Path) -> Weights:
+    """Open all files of an index; each tensor is read from the one that the index names."""
+    files = read_index(path)
+    for key, file in files.items():
+        if not os.path.isfile(file):
+            raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
+    opened = {file: _open_single(file) for file in dict.fromkeys(files.values())}
+    for key, file in files.items():
+        if key not in opened[file]:
+            raise UserError(f"{path}: {key} is in {file.name}, which has no such tensor")
+    shapes = {key: opened[file].shapes[key] for key, file in files.items()}
+    whole = next((weights.whole for weights in opened.values() if weights.whole), "")
+    return Weights(shapes, lambda key: opened[files[key]][key], whole)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file of weights; of an index and its files one after the other."""
+    digest = hashlib.sha256()
+    for each in [path, *(sorted(set(read_index(path).values())) if path.name.endswith(INDEX_SUFFIX) else ())]:
+        with open(each, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+# ---- safetensors ----
+
+
 def _open_safetensors(path: Path) -> Weights:
     """One file's tensors, in the order of their values. They are views of one mapping: only pages looked at are read."""
-    check_file(path)
-    with reading(path):
-        file = safetensors.safe_open(path, framework="pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+    file = safetensors.safe_open(path, framework="pt")
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
 
     def read(key: str) -> Tensor:
         with reading(path, key):
@@ -133,30 +225,10 @@ def _open_safetensors(path: Path) -> Weights:
     return Weights(shapes, read)
 
 
-def _open_index(path: Path) -> dict[str, Weights]:
-    """The file that holds each tensor, opened, by the tensor's key."""
-    files = read_index(path)
-    for key, file in files.items():
-        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
-            raise UserError(f"{path}: {key} is in {file.name}, which does not exist")
-    opened = {file: _open_safetensors(file) for file in dict.fromkeys(files.values())}
-    for key, file in files.items():
-        if key not in opened[file]:
-            raise UserError(f"{path}: {key} is in {file.name}, which has no such tensor")
-    return {key: opened[file] for key, file in files.items()}
-
-
-def _renamed(path: Path, holders: dict[str, Weights], model_key: str) -> Weights:
-    """The tensors by their keys without a common prefix; `holders` has, by the key in the file, who can read it."""
-    names = unwrap(path, {key: key for key in holders}, model_key)
-    shapes = {key: holders[name].shapes[name] for key, name in names.items()}
-    return Weights(shapes, lambda key: holders[names[key]][names[key]])
-
-
 # ---- archives of torch.save ----
 
 
-def _open_archive(path: Path, model_key: str) -> Weights | None:
+def _open_archive(path: Path) -> Weights | None:
     """The tensors of an archive that torch.save wrote, or None if its parts are compressed and cannot be mapped.
 
     Tensors are views of torch's mapping: pages that are looked at cost no private memory. Against a mapping per tensor,
@@ -168,15 +240,12 @@ def _open_archive(path: Path, model_key: str) -> Weights | None:
         storages.append(storage)
         return storage
 
-    with reading(path):
-        archive, asked = open_archive(path)
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            return None
-        _test_all_but_tensors(archive)
-        content = unpickle(path, map_location=noted, mmap=True)
-        parts = _parts(archive, asked, storages)
-    tensors = unwrap(path, content, model_key)
-    check_plain(path, tensors)
+    archive, asked = open_archive(path)
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        return None
+    _test_all_but_tensors(archive)
+    tensors = flatten(unpickle(path, map_location=noted, mmap=True))
+    parts = _parts(archive, asked, storages)
 
     def read(key: str) -> Tensor:
         tensor = tensors[key]

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import json
 import mmap
 import pickle
 import re
+import shlex
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -17,42 +19,11 @@ from torch import Tensor
 
 from utils import UserError, first_line
 from weightfiles.guard import check_archive, check_content, check_old_format, check_pickle
+from weightfiles.harmless import STAND_INS
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
-
-
-def read_weights(path: str | Path, model_key: str = "model|module|state_dict", prefix: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors` file or of anything `torch.save` wrote, by key, on the CPU.
-
-    A file may nest its weights, as a training checkpoint does: `model_key` lists the names to look for, separated by
-    "|", and the first one found counts. A single name must be there. `prefix` and DDP's "module." are removed from the
-    keys. Raises UserError with the path and the reason.
-    """
-    path = Path(path)
-    content = unwrap(path, read_file(path), model_key, prefix)
-    check_plain(path, content)
-    return content
-
-
-def unwrap(path: Path, content: Mapping, model_key: str, prefix: str = "") -> dict:
-    """Pick the weights from the content of the file `path`, as `read_weights` says; its values need not be tensors."""
-    keys = model_key.split("|")
-    wrapping = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
-    if wrapping:
-        content = content[wrapping]
-    elif len(keys) == 1:
-        raise UserError(
-            f"{path} has no weights under {model_key} (--model_key, --teacher_key); its keys: {_some(content)}"
-        )
-    for start in ("module.", prefix):
-        if start and content and all(isinstance(key, str) and key.startswith(start) for key in content):
-            content = {key[len(start) :]: value for key, value in content.items()}
-        elif start and start == prefix:
-            raise UserError(f"{path}: not every key begins with --model_prefix {prefix}; its keys: {_some(content)}")
-    if not content:
-        raise UserError(f"{path} is not a state dict of tensors: it is empty; name the part to read with --model_key")
-    return dict(content)
+LFS_BYTES = 200  # more than a pointer of Git LFS has
 
 
 def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
@@ -60,35 +31,58 @@ def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> 
     return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith(left_out)}
 
 
-def check_plain(path: Path, content: Mapping) -> None:
-    """Raise UserError naming the first item in a file that is not a tensor with a string as its key."""
-    for key, value in content.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            what = f"{_shown(key)} is a {type(value).__name__}"
-            raise UserError(f"{path} is not a state dict of tensors: {what}; name the part to read with --model_key")
+def flatten(content: Mapping) -> dict[str, Tensor]:
+    """Return the tensors of nested mappings under their keys joined by dots; leave out what is no tensor under a string.
+
+    Raises ValueError if two tensors have the same joined keys.
+    """
+    tensors = {}
+
+    def add(prefix: str, mapping: Mapping) -> None:
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            if isinstance(key, str) and isinstance(value, Mapping):
+                add(f"{name}.", value)
+            elif isinstance(key, str) and isinstance(value, Tensor):
+                if name in tensors:
+                    raise ValueError(f"it has two tensors {name}")
+                tensors[name] = value
+
+    add("", content)
+    return tensors
 
 
 def read_file(path: Path) -> Mapping:
-    """Read the mapping that a weight file holds; UserError if it is not a weight file."""
+    """Read the mapping that a weight file holds, whole; UserError if it is not a weight file."""
     check_file(path)
     with reading(path):
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if is_archive(path):
-            _test_archive(path)
-            return unpickle(path, map_location="cpu")
-        return _read_old(path)
+        match format_of(path):
+            case "safetensors":
+                return safetensors.torch.load_file(path)
+            case "archive":
+                _test_archive(path)
+                return unpickle(path, map_location="cpu")
+            case _:
+                return _read_old(path)
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError unless `path` is a file and not empty."""
+    """Raise UserError unless `path` is a file that has content of its own."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
+        with open(path, "rb") as file:
+            start = file.read(LFS_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise UserError(f"{path} is empty")
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d+)$", start, re.MULTILINE)
+        what = f"the file of {int(size[1]):,} bytes" if size else "the file"
+        raise UserError(
+            f"{path} is a pointer of Git LFS, not {what} that it stands for: run `git lfs pull` in its folder"
+        )
 
 
 @contextlib.contextmanager
@@ -100,29 +94,37 @@ def reading(path: Path, part: str = "") -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(path, error)}") from error
-    except (
-        Exception
-    ) as error:  # damaged bytes make the readers raise almost anything, IndexError and AttributeError too
+    except Exception as error:  # damaged bytes make readers raise almost anything, IndexError and AttributeError too
         # torch's longer messages advise to load the file with weights_only=False
         reason = "it is damaged, or no such file" if "torch.load" in str(error) else first_line(error)
+        if "header length" in reason or "not fully covered" in reason:  # safetensors' words
+            reason = f"its size is not what its header says, as after half a download ({reason})"
         raise UserError(f"{path} cannot be read as weights: {f'{part}: ' * bool(part)}{reason}") from error
 
 
-def unpickle(path: Path, **options) -> Mapping:
-    """Load the mapping that `torch.save` wrote, with `options` of `torch.load`, without running code from the file."""
-    # torch's warnings guess what is wrong with a file; `reading` reports it
-    with warnings.catch_warnings(action="ignore"):
-        content = torch.load(path, weights_only=True, **options)
+def unpickle(path: Path, *, map_location: str | Callable, mmap: bool = False) -> Mapping:
+    """Load the mapping that `torch.save` wrote, as `torch.load` does, without running code from the file."""
+    stand_ins = [(kind, name) for name, kind in STAND_INS.items()]
+    with contextlib.ExitStack() as stack:
+        # torch's warnings guess what is wrong with a file; `reading` reports it
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(torch.serialization.safe_globals(stand_ins))
+        # by its path alone torch maps a file, and takes one for another format if it ends in .safetensors
+        file = path if mmap else stack.enter_context(open(path, "rb"))
+        content = torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     check_content(content, path.stat().st_size)
     return content
 
 
-def is_archive(path: Path) -> bool:
-    """Whether torch.load takes the file for a zip archive. If not, it can only be torch's old format."""
+def format_of(path: Path) -> str:
+    """Tell by a file's first bytes, whatever its name, what it can only be: "safetensors", "archive" or "old" of torch.save."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        start = file.read(9)
+    if start.startswith(b"PK\x03\x04"):
+        return "archive"
+    return "safetensors" if start[8:] == b"{" else "old"  # a length in 8 bytes, then a JSON object
 
 
 def _test_archive(path: Path) -> None:
@@ -138,9 +140,16 @@ def open_archive(path: Path) -> tuple[zipfile.ZipFile, list[list]]:
 
     Raises ValueError, UnpicklingError or zipfile's own errors. The archive stays open.
     """
-    archive, asked = zipfile.ZipFile(path), []
+    try:
+        archive, asked = zipfile.ZipFile(path), []
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"its end is missing, as after half a download ({first_line(error)})") from error
     check_archive(archive, path.stat().st_size)
     names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        raise ValueError("it is an archive of numpy's arrays, whose name must end in .npz")
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError("it is a program of TorchScript; save the state dict of its module instead")
     if len({name.partition("/")[0] for name in names}) > 1:
         raise ValueError("it holds more than one folder")
     for name in names:
@@ -169,23 +178,34 @@ def _read_old(path: Path) -> Mapping:
 def _refusal(path: Path, error: Exception) -> str:
     """Say in one line why torch's restricted unpickler refused a file."""
     forbidden = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-    if forbidden and forbidden[1].startswith("torch."):
+    if forbidden and forbidden[1].startswith(("torch._utils.", "torch.Tensor")):
         return f"it holds more than plain tensors ({forbidden[1]})"
     if forbidden:
-        return f"it is a pickle that would run code ({forbidden[1]}), not plain tensors"
+        return (
+            f"it holds a {forbidden[1]}, which is neither a tensor nor known to be harmless: reading it could run code; "
+            f"if you trust the file, save its weights alone: {_weights_alone(path)}"
+        )
     with open(path, "rb") as file:
         start = file.read(64).lstrip()
     return "it is a web page" if start[:1] == b"<" else "it is not a file of weights, or damaged"
 
 
-def _some(keys: Mapping) -> str:
-    """The first few keys for an error line."""
-    return ", ".join(map(_shown, list(keys)[:5])) + (", …" if len(keys) > 5 else "")
+def _weights_alone(path: Path) -> str:
+    """The command that reads a file with the code in it, and writes the tensors in it to another file beside it."""
+    source, target = json.dumps(str(path)), json.dumps(str(path.with_name(f"{path.stem}-weights.pth")))
+    code = (
+        "import torch; f = lambda x: x if torch.is_tensor(x) else {k: f(v) for k, v in (x.state_dict() if "
+        'hasattr(x, "state_dict") else x).items() if torch.is_tensor(v) or hasattr(v, "state_dict") or hasattr(v, "items")}; '
+        f'torch.save(f(torch.load({source}, "cpu", weights_only=False)), {target})'
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
-def _shown(key: object) -> str:
-    """A key for an error line; only its type if it is not a string."""
-    return key if isinstance(key, str) else f"a {type(key).__name__}"
+def shown_keys(keys: Iterable[str]) -> str:
+    """A few keys for an error line, from the first to the last."""
+    keys = list(keys)
+    few = keys if len(keys) <= 4 else [keys[0], keys[len(keys) // 3], keys[2 * len(keys) // 3], keys[-1]]
+    return ", ".join(few) + ", …" * (len(keys) > len(few))
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:

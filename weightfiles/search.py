@@ -1,0 +1,276 @@
+"""Find a model's tensors in a file: in a part of it, under a prefix of its keys, in a layout that can be read.
+
+Training scripts wrap a model in others (`module.`, `teacher.backbone.`) and save it beside heads, decoders and copies. The search
+tries every prefix of the file's own keys, and takes what fits the model by keys and shapes. It needs no value for that.
+"""
+
+import itertools
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+import models
+from utils import UserError, first_line
+from weightfiles.conversions import CONVERSIONS, LAYOUTS, Converter, check_kernels
+from weightfiles.layouts import LIBRARIES, recognize
+from weightfiles.lazy import MODEL_KEY, Weights, part_of
+from weightfiles.read import shapes_of, shown_keys
+
+log = logging.getLogger(__name__)
+
+TIMM = "timm"  # the layout that needs no conversion
+RESEMBLING = 0.5  # the share of a model's tensors by which a part of a file may be that model
+ALIKE = 0.1  # and the one below which a file is of another layout altogether
+# what torch.compile, FSDP and activation checkpointing insert in the keys of modules that they wrap, and DINOv2's training,
+# which puts its blocks into numbered lists
+WRAPPERS = re.compile(
+    r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|(?<=blocks\.)\d+\.(?=\d+\.)"
+)
+DEEPEST = 10  # names in a prefix to try
+NAMES_SHOWN = 10  # of what was left out
+# If keys that the model does not have begin like this, they belong to another model, whose outputs differ from ours: one
+# with registers or a position embedding, say. A model of self-supervision may have such parts beside the encoder, too.
+OF_ANOTHER_MODEL = re.compile(
+    r"(?!mask_|decoder|predictor|proj|head|text)\w*(token|pos_embed|position_embed|rel_pos|norm)|(ln|bn)[_\d]"
+)
+
+
+class Part(NamedTuple):
+    """Where in a file to search: in the first of the parts that `key` lists, among the keys that begin with `prefix`."""
+
+    key: str = MODEL_KEY
+    prefix: str = ""
+
+
+ANY_PART = Part()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model to find in a file, and how error messages call what they are about."""
+
+    model: nn.Module
+    name: str
+    option: str  # "--pretrained_path FILE"
+    kwargs: str = "--pretrained_kwargs"  # the option of the constructor's arguments
+    pick: str = "--model_prefix"  # the option that picks one of several models in a file
+    of_any_size: frozenset[str] = frozenset()  # tensors that the caller brings to the model's size
+
+    @cached_property
+    def own(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's tensors."""
+        return shapes_of(self.model.state_dict())
+
+    @cached_property
+    def needed(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that a file must have: all but the head's, which may be missing or of other classes."""
+        head = models.head_prefixes(self.model)
+        return {key: shape for key, shape in self.own.items() if not key.startswith(head)}
+
+    def has_beside(self, key: str) -> bool:
+        """Tell whether a key that the model lacks lies beside it, so that the model computes the same without it."""
+        if key.startswith(models.head_prefixes(self.model)):
+            return True
+        # an attribute may be None or an identity here, and hold tensors in another model of the kind
+        name = key.partition(".")[0]
+        return not (hasattr(self.model, name) or OF_ANOTHER_MODEL.match(name))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a file: the tensors whose keys begin with `prefix`, under timm's names."""
+
+    weights: Weights
+    prefix: str
+    layout: str
+    left_out: list[str]  # keys of the file; of the reading that `find` returns, names of groups of them
+    remarks: list[str] = field(default_factory=list)  # what to warn of
+    fault: str = ""  # why a file of a known layout cannot be read
+
+    def share(self, wanted: Wanted) -> float:
+        """Return which share of the model's tensors is there, whatever their shapes."""
+        return 1.0 if self.fault else sum(key in self.weights for key in wanted.needed) / max(1, len(wanted.needed))
+
+    def misfit(self, wanted: Wanted) -> str:
+        """Say how the tensors differ from the model's, apart from its head and what lies beside; "" if they fit."""
+        if self.fault:
+            return f"cannot be read as the weights of {wanted.name}: {self.fault}"
+        shapes, difference = self.weights.shapes, ""
+        for key, shape in wanted.needed.items():
+            if shapes.get(key) != shape and not (key in wanted.of_any_size and key in shapes):
+                seen = f"has {key} {list(shapes[key])}" if key in shapes else f"has no {key}"
+                difference = f"{seen}, unlike the {list(shape)}"
+                break
+        else:
+            extra = next((key for key in shapes if key not in wanted.own and not wanted.has_beside(key)), None)
+            difference = f"has {extra}, which is no tensor" if extra else ""
+        layout = f"({self.layout} layout) " * (self.layout != TIMM)
+        return f"{layout}{difference} of {wanted.name}; see {wanted.kwargs}" if difference else ""
+
+
+def find(path: str | Path, weights: Weights, wanted: Wanted, part: Part) -> Reading:
+    """Return the reading of a file's tensors that fits the model, without keys that the model lacks.
+
+    Of several in different places, the one in the part that `part.key` names counts. Raises UserError if nothing fits, if
+    there are several in one place, or if that part is nearly the model, and only another part fits.
+    """
+    root = part_of(path, weights, part.key)
+    start, preferred = _start(path, weights, root, part)
+    section = _without_wrappers(weights.under(start))
+    readings = _under_timms_names(section, wanted)
+    fitting = _fitting(readings, wanted)
+    if all(each.prefix for each in fitting):  # or one with a prefix: a library's layout may know what lies around it
+        check_kernels(section.shapes, wanted.option)
+        readings += _converted(section, wanted, LAYOUTS if fitting else CONVERSIONS)
+        fitting = _fitting(readings, wanted)
+    here = [each for each in fitting if each.prefix.startswith(preferred) or preferred.startswith(each.prefix)]
+    fitting = here or fitting
+    nearly = [each for each in readings if each.prefix.startswith(preferred) and each.share(wanted) > RESEMBLING]
+    if not fitting or (nearly and not here):
+        raise UserError(_problem(nearly or readings, weights, wanted))
+    if len(fitting) > 1:
+        picks = " or ".join(_pick(start + each.prefix, root, wanted) for each in fitting)
+        raise UserError(f"{wanted.option} holds {wanted.name} {len(fitting)} times: pick one with {picks}")
+    return _finished(fitting[0], start, weights, wanted)
+
+
+def _start(path: str | Path, weights: Weights, root: str, part: Part) -> tuple[str, str]:
+    """Return the prefix of the keys to search, and which of them are preferred: a prefix of what is left of them."""
+    several = "|" in part.key
+    if several and not part.prefix:
+        return "", root
+    for start in (root + part.prefix, *([part.prefix] if several else [])):
+        if any(key.startswith(start) for key in weights):
+            return start, ""
+    raise UserError(f"{path}: no key begins with --model_prefix {part.prefix}; its keys: {shown_keys(weights)}")
+
+
+def _pick(prefix: str, root: str, wanted: Wanted) -> str:
+    """Return the option that picks what is under a prefix: a prefix of the keys in the part `root`, or the key of a part."""
+    of_keys = wanted.pick == "--model_prefix"
+    return f"{wanted.pick} {prefix.removeprefix(root) if of_keys else prefix.removesuffix('.')}"
+
+
+def _without_wrappers(weights: Weights) -> Weights:
+    """Take out the names that training inserts in the middle of keys."""
+    names = {WRAPPERS.sub("", key): key for key in weights}
+    return weights.renamed(names) if len(names) == len(weights) else weights
+
+
+def _under_timms_names(section: Weights, wanted: Wanted) -> list[Reading]:
+    """Read a section under each prefix that has most of the model's keys, or else under the one that has more than others."""
+    longest = max((key.count(".") for key in wanted.needed), default=0) + 1
+    found = Counter()
+    for key in section:
+        names = key.split(".")
+        for count in range(1, min(longest, len(names)) + 1):
+            if (end := ".".join(names[-count:])) in wanted.needed:
+                found[key.removesuffix(end)] += 1
+    alike = [prefix for prefix, count in found.items() if count > RESEMBLING * len(wanted.needed)]
+    most = [prefix for prefix, _ in found.most_common(1)]
+    return [Reading(section.under(prefix), prefix, TIMM, _outside(section, prefix)) for prefix in alike or most]
+
+
+def _converted(section: Weights, wanted: Wanted, converters: tuple[Converter, ...]) -> list[Reading]:
+    """Read a section by the converters of other layouts, under each prefix that enough keys share for the model."""
+    shared = Counter("")
+    for key in section:
+        names = key.split(".")[:DEEPEST]
+        shared.update({".".join([*names[:count], ""]) for count in range(len(names))})
+    section = Weights(section.shapes, cache(section.__getitem__), section.whole)  # several converters may read a tensor
+    readings = []
+    for prefix in [prefix for prefix, count in shared.items() if count > RESEMBLING * len(wanted.needed)]:
+        converted = filter(None, (_by(convert, section, prefix, wanted) for convert in converters))
+        readings += itertools.islice(converted, 1)
+    return readings
+
+
+def _by(convert: Converter, section: Weights, prefix: str, wanted: Wanted) -> Reading | None:
+    """Convert what is under a prefix; None if it is not of a layout that `convert` knows."""
+    try:
+        converted = convert(section.under(prefix), wanted.model)
+    except ValueError as error:
+        return Reading(section, prefix, "", [], fault=first_line(error))
+    if converted is None:
+        return None
+    weights, layout, unused, remarks = converted
+    return Reading(weights, prefix, layout, [*_outside(section, prefix), *(prefix + key for key in unused)], remarks)
+
+
+def _outside(section: Weights, prefix: str) -> list[str]:
+    return [key for key in section if not key.startswith(prefix)]
+
+
+def _fitting(readings: list[Reading], wanted: Wanted) -> list[Reading]:
+    """Return those that fit, without any inside another: a layout may include what lies around a model, and a file a copy."""
+    fitting = [each for each in readings if not each.misfit(wanted)]
+    prefixes = {each.prefix for each in fitting}
+    return [each for each in fitting if not any(each.prefix != p and each.prefix.startswith(p) for p in prefixes)]
+
+
+def _finished(reading: Reading, start: str, file: Weights, wanted: Wanted) -> Reading:
+    """Take the model's own keys of a reading in the section of a file under `start`, and group what is left out."""
+    extra = [reading.prefix + key for key in reading.weights if key not in wanted.own]
+    left_out = [start + key for key in reading.left_out + extra] + _outside(file, start)
+    prefix = start + reading.prefix
+    weights = reading.weights.renamed({key: key for key in reading.weights if key in wanted.own})
+    return replace(reading, weights=weights, prefix=prefix, left_out=_groups(left_out, file, prefix))
+
+
+def _groups(left_out: list[str], file: Weights, prefix: str) -> list[str]:
+    """Name the largest groups of keys that are left out as a whole; without the prefix, where they have it."""
+    taken = {
+        ".".join(key.split(".")[:count]) for key in file.shapes.keys() - left_out for count in range(key.count(".") + 1)
+    }
+    groups = {}
+    for key in left_out:
+        names = key.split(".")
+        group = next(
+            (".".join(names[:count]) for count in range(1, len(names)) if ".".join(names[:count]) not in taken), None
+        )
+        groups[(f"{group}.*" if group else key).removeprefix(prefix)] = True
+    return list(groups)
+
+
+def _problem(tried: list[Reading], weights: Weights, wanted: Wanted) -> str:
+    """Say why none of these readings is the model's: how the nearest differs, or what the file's keys look like."""
+    nearest = max(tried, key=lambda each: each.share(wanted), default=None)
+    if nearest and nearest.share(wanted) > ALIKE:
+        return f"{wanted.option} {nearest.misfit(wanted)}"
+    line = f"{wanted.option} has no layout that {wanted.name} is known in"
+    if layout := recognize(weights):
+        return f"{line}: it is a {layout.model} in {layout.library} layout"
+    examples = list(dict.fromkeys(re.sub(r"(?<![A-Za-z\d])\d+", "N", key) for key in weights))  # blocks.N.norm1.bias
+    known = ", ".join((TIMM, "its original release", *LIBRARIES))
+    return f"{line} ({known}): its keys look like {', '.join(examples[:5])}"
+
+
+def log_reading(reading: Reading, wanted: Wanted, path: str | Path) -> None:
+    """Log what is taken from a file, and what may be wrong with it."""
+    log.info("%s", coverage(reading, wanted, path))
+    if reading.weights.whole:
+        log.info("%s is read whole: %s", path, reading.weights.whole)
+    for remark in reading.remarks:
+        log.warning("%s: %s", path, remark)
+
+
+def coverage(reading: Reading, wanted: Wanted, path: str | Path) -> str:
+    """Say in a line what a reading takes from a file. The head counts apart, because its classes may be others."""
+    taken = sum(key in reading.weights for key in wanted.needed)
+    under = f" under {reading.prefix}" * bool(reading.prefix)
+    line = (
+        f"{taken} of {len(wanted.needed)} tensors of {wanted.name} taken from {path} ({reading.layout} layout{under})"
+    )
+    head = [key for key in wanted.own if key not in wanted.needed]
+    if head:
+        shapes = [reading.weights.shapes[key] for key in head if key in reading.weights]
+        classes = [shape[0] for shape in shapes if len(shape) > 1]
+        line += f"; head: {f'{classes[-1]} classes' if classes else 'none'}"
+    more = f" and {len(reading.left_out) - NAMES_SHOWN} more" if len(reading.left_out) > NAMES_SHOWN else ""
+    return line + f"; left out: {', '.join(reading.left_out[:NAMES_SHOWN])}{more}" * bool(reading.left_out)
