@@ -240,7 +240,10 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--warmup_epochs 5 --epochs 3", "--warmup_epochs 5 is longer than the run, --epochs 3"),
+        (
+            "--warmup_epochs 5 --epochs 3",
+            "--warmup_epochs 5 is longer than the run, --epochs 3: give one up to 3 (0: none), or --recipe short",
+        ),
         ("--batch_size 7", "--batch_size 7 is odd, but mixup and cutmix pair"),
         ("--data_set CIFAR1000", "--data_set CIFAR1000 is none of CIFAR10"),
         ("--use_amp maybe", "'maybe' is neither true nor false"),
@@ -248,7 +251,7 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
         ("--smoothing 1.5", "1.5 is not from 0 to 1"),
         ("--model_kwargs depth", "'depth' is not of the form name=value"),
         ("--initialize http://example.org/x.pth", "a URL must be https://…#sha256="),
-        ("--batchsize 64", "unrecognized arguments: --batchsize"),
+        ("--batchsize 64", "unrecognized argument --batchsize"),
         ("--eval true --disable_eval true", "leave nothing to do"),
         ("--cutmix_minmax 1 0", "--cutmix_minmax takes two numbers from 0 to 1"),
         ("--seed 18446744073709551616", "is not from 0 to"),
