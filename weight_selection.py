@@ -19,7 +19,15 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import ACTIVATION_RULES, LEAST_IMAGES, given_in_vain, keyword_text, needs_images, selection_options
+from options import (
+    ACTIVATION_RULES,
+    LEAST_IMAGES,
+    SCORED_RULES,
+    given_in_vain,
+    keyword_text,
+    needs_images,
+    selection_options,
+)
 
 if __name__ == "__main__":
     selection_options()  # -h and usage errors answer before torch is imported
@@ -134,7 +142,7 @@ def _scores(
     outline: Outline, rule: str, weights: Weights | None, running: Running | None
 ) -> dict[str, np.ndarray] | None:
     """Score the indices of each axis group, if the rule needs it; see `selection.rules.select_indices`."""
-    if rule not in ("magnitude", *ACTIVATION_RULES):
+    if rule not in SCORED_RULES:
         return None
     scores = magnitudes(weights, outline)
     return running.scores(outline, rule, scores) if rule in ACTIVATION_RULES else scores
