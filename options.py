@@ -294,12 +294,17 @@ def unknown_data_set(name: str) -> str | None:
     return f"--data_set {name} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME{hint(name, DATA_SETS)}"
 
 
-def without_effect(options: argparse.Namespace) -> list[str]:
-    """Return the given options that have no effect: those of the original, and distillation in an evaluation."""
+def remarks(options: argparse.Namespace) -> list[str]:
+    """Return what to say at the start of main.py: options without effect, and that nothing is kept."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1} | (
         {"distillation": "none"} if options.eval else {}
     )
-    return [f"--{name}" for name, default in idle.items() if getattr(options, name) != default]
+    lines = [
+        f"--{name} is accepted and has no effect" for name, default in idle.items() if getattr(options, name) != default
+    ]
+    if not (options.output_dir or options.eval):
+        lines.append("no --output_dir: nothing is kept, neither checkpoints nor log.txt")
+    return lines
 
 
 def mixes(options: argparse.Namespace) -> bool:

@@ -37,11 +37,12 @@ def test_run_leaves_config_log_and_checkpoints(train, tmp_path):
     assert state["best"] == {"test_acc1": max(line["test_acc1"] for line in lines)} and state["metrics"] == record
 
 
-def test_run_without_output_dir_writes_nothing(tiny_run, tmp_path, monkeypatch):
+def test_run_without_output_dir_writes_nothing_and_says_so(tiny_run, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint-0.pth").write_text("not ours: an empty --output_dir must not resume from here")
     assert script.main(tiny_run("--epochs 1 --nb_classes 3", output_dir=""))["epoch"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+    assert caplog.messages[0] == "no --output_dir: nothing is kept, neither checkpoints nor log.txt"
 
 
 def test_same_seed_same_weights_and_another_seed_others(train, tmp_path):
@@ -197,7 +198,7 @@ FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
     [
         ("--update_freq 6", "48 images per update, but the training set has 40: --update_freq can be 5 at most"),
         ("--batch_size 64", "the training set has 40: --batch_size can be 40 at most"),
-        ("--warmup_steps 11", "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
+        ("--warmup_steps 11", "--warmup_steps 11 is longer than the run, 2 epochs of 5 updates: give at most 10"),
         ("--data_path nowhere", "nowhere"),
         ("--nb_classes 4", "--nb_classes 4, but --data_set image_folder has 3"),
         ("--model vit_tny", "vit_tny is not a model"),
@@ -316,5 +317,13 @@ def test_compiled_model_keeps_the_names_of_its_weights(train, tmp_path, monkeypa
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(type(self).__name__))
     train("--compile --epochs 1")
-    assert compiled == ["VisionTransformer"]
+    assert compiled == ["Probe", "VisionTransformer"]  # first a try
     assert "cls_token" in weights_of(tmp_path / "run", "checkpoint-0.pth")
+
+
+def test_missing_compiler_is_said_before_anything_is_written(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"--compile: torch cannot compile here \(.*/nowhere/g\+\+.*; leave it out, or"):
+        train("--compile")
+    assert not (tmp_path / "run").exists()
