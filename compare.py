@@ -10,7 +10,10 @@ import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
-from options import Parser
+try:
+    from options import Parser
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"compare.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 from training.finished import FinishedRun, find_runs, read_runs
 from training.groups import (
     Group,

@@ -1,14 +1,21 @@
 """Train a small model, from selected weights or from random ones: one run, top to bottom."""
 
-from options import remarks, training_options
+import sys
+
+try:
+    from options import remarks, training_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"main.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
     training_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import argparse
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

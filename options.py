@@ -208,9 +208,14 @@ def needs_images(options: argparse.Namespace) -> bool:
 
 
 def given_in_vain(options: argparse.Namespace) -> list[str]:
-    """Return the options about images that differ from their defaults, for a run of weight_selection.py without images."""
-    about_images = "data_set data_path calibration_images input_size imagenet_default_mean_and_std"
-    return _changed(options, f"ridge refit_target refit_layers {about_images}".split(), _selection_parser())
+    """Return a line for each option of weight_selection.py that is given and has no effect."""
+    about_images = "ridge refit_target refit_layers data_set data_path calibration_images input_size"
+    names = [] if needs_images(options) else f"{about_images} imagenet_default_mean_and_std".split()
+    changed = _changed(options, names, _selection_parser())
+    lines = [f"--{name} has no effect without --refit true or a rule by activation" for name in changed]
+    if options.plan and options.output_dir:
+        lines.append("--output_dir has no effect with --plan: nothing is written there")
+    return lines
 
 
 def _changed(options: argparse.Namespace, names: list[str], parser: argparse.ArgumentParser) -> list[str]:

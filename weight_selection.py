@@ -19,24 +19,23 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import (
-    ACTIVATION_RULES,
-    LEAST_IMAGES,
-    SCORED_RULES,
-    given_in_vain,
-    keyword_text,
-    needs_images,
-    selection_options,
-)
+import sys
+
+try:
+    from options import selection_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"weight_selection.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
-    selection_options()  # -h and usage errors answer before torch is imported
+    selection_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import argparse
 import logging
 import os
 import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,6 +50,7 @@ from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.pixels import Renormalize, image_channels, mean_and_std
+from options import ACTIVATION_RULES, LEAST_IMAGES, SCORED_RULES, given_in_vain, keyword_text, needs_images
 from selection.activations.scratch import BATCH, Calibration
 from selection.pair import build, count_classes, make_outline, outline_without_heads
 from selection.picture import check_plot, draw
@@ -279,11 +279,8 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         )
     if options.heads and description["choices"]["heads"] is None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
-    if not needs_images(options):
-        for name in given_in_vain(options):
-            log.warning("--%s has no effect without --refit true or a rule by activation", name)
-    if options.plan and options.output_dir:
-        log.warning("--output_dir has no effect with --plan: nothing is written there")
+    for remark in given_in_vain(options):
+        log.warning(remark)
 
 
 def _output_path(output_dir: str, family: str) -> Path:
