@@ -60,10 +60,10 @@ from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.tensors import magnitudes, select
 from training.trained import Trained, find_trained
-from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
-from weightfiles.initialization import check_replaceable, write_initialization
+from utils import Stream, UserError, json_lines, permutation, run_script, start_logging
+from weightfiles.initialization import check_replaceable, output_path, write_initialization
 from weightfiles.lazy import Weights
-from weightfiles.read import WEIGHT_SUFFIXES, check_finite
+from weightfiles.read import check_finite
 from weightfiles.teacher import read_teacher
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if options.plot:
         check_plot(Path(options.plot))
     if not options.plan:
-        path = _output_path(options.output_dir, family)
+        path = output_path(options.output_dir, family)
         check_replaceable(path)
     rule = options.element_selection or ("energy" if options.refit else "uniform")
     heads = options.heads or ("keep" if options.refit else None)
@@ -281,22 +281,6 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
     for remark in given_in_vain(options):
         log.warning(remark)
-
-
-def _output_path(output_dir: str, family: str) -> Path:
-    """Name the file to write: `output_dir` if it has a suffix of weights, else <family>.pth in it.
-
-    Raises UserError, before the work is done, if the file cannot be written there.
-    """
-    path = Path(output_dir)
-    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (*WEIGHT_SUFFIXES, ".bin", ".npz", ".json"):
-        raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
-    if path.suffix not in WEIGHT_SUFFIXES:
-        path = path / f"{family}.pth"
-    elif path.is_dir():
-        raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
-    check_creatable(path, f"--output_dir {output_dir} cannot be made")
-    return path
 
 
 if __name__ == "__main__":
