@@ -23,7 +23,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training.place import lone_task
 
 from datasets import load_data
 from engine import EngineSettings, Trainer, evaluate, train_one_epoch
@@ -44,6 +43,7 @@ from training.distill import Distillation, make_criterion
 from training.evaluation import evaluation_options, reported
 from training.log import EpochLog, make_reporter, report_best
 from training.memory import memory_errors_explained
+from training.place import lone_task
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
 from training.start import Start, find_start

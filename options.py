@@ -401,20 +401,22 @@ def _sweep_parser() -> argparse.ArgumentParser:
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    parser = _parser("export.py", "Write a trained model as a folder that timm, transformers and the Hugging Face Hub take.")
+    description = "Write a trained model as a folder that timm, transformers and the Hugging Face Hub take."
+    parser = Parser(prog="export.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a run of main.py (its best checkpoint), or a checkpoint")
     add("folder", metavar="OUT", help="folder to write")
     add("--model_key", default="model", choices=("model", "model_ema"), help="the weights, or their moving average")
-    add("--onnx", type=boolean, nargs="?", const=True, default=False, help="write model.onnx too, for any batch size")
+    add("--onnx", **BOOLEAN, default=False, help="write model.onnx too, for any batch size")
     add("--data_path", metavar="FOLDER", help="where the evaluation data is (default: where the run had it)")
-    add("--check_accuracy", type=boolean, default=True,
+    add("--check_accuracy", **BOOLEAN, default=True,
         help="measure the accuracy on all of the evaluation data; false: compare the logits of 64 images alone")
     return parser
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = _parser("predict.py", "Print the likeliest classes of images, a line per image.")
+    description = "Print the likeliest classes of images, a line per image."
+    parser = Parser(prog="predict.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("model", metavar="RUN_OR_FOLDER", help="the folder of a run of main.py (its best checkpoint), a checkpoint, or a "
         "folder of export.py")

@@ -69,15 +69,15 @@ def test_message_with_a_line_break_stays_one_line(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("parser", [options._training_parser, options._selection_parser])
+@pytest.mark.parametrize("parser", [options._training_parser, options._selection_parser, options._export_parser])
 def test_each_boolean_alone_means_true(parser):
     parser = parser()
     names = [action.option_strings[0] for action in parser._actions if action.type is options.boolean]
     assert names
+    unnamed = ["run", "folder"] if parser.prog == "export.py" else []
     for name in names:
-        values = [
-            vars(parser.parse_args(words))[name[2:]] for words in ([name], [name, "false"], [name, "--seed", "1"])
-        ]
+        tried = ([name], [name, "false"], [name, "--model_key", "model"])
+        values = [vars(parser.parse_args([*unnamed, *words]))[name[2:]] for words in tried]
         assert values == [True, False, True], name
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from training.place import Place, check_address, lone_task, read_place
 
 from training import distributed
+from training.place import Place, check_address, lone_task, read_place
 from utils import UserError
 
 INTERACTIVE = "SLURM_NTASKS=4 SLURM_PROCID=0 SLURM_STEP_ID=4294967290 SLURM_STEP_NUM_TASKS=1"  # salloc -n 4

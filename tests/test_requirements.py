@@ -71,11 +71,11 @@ def test_old_timm_is_a_line_before_it_is_imported(script, tmp_path):
     assert done.stderr.startswith(f"{script}: error: timm 1.0.20 is too old, the lowest is {lowest()['timm']}:")
 
 
-@pytest.mark.parametrize("script", ["main.py", "weight_selection.py", "compare.py", "sweep.py"])
+@pytest.mark.parametrize("script", ["main", "weight_selection", "compare", "sweep", "export", "predict"])
 @pytest.mark.parametrize("how", ["-P", "-I", "PYTHONSAFEPATH"])
 def test_python_that_may_not_look_beside_the_script_is_a_line(script, how, tmp_path):
     switches, environment = ([how], os.environ) if how.startswith("-") else ([], {**os.environ, how: "1"})
-    command = [sys.executable, *switches, str(ROOT / script), "-h"]
+    command = [sys.executable, *switches, str(ROOT / f"{script}.py"), "-h"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     message = "No module named 'options': unset PYTHONSAFEPATH, and start python without -P and -I"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{script}: error: {message}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{script}.py: error: {message}\n")
