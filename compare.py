@@ -10,6 +10,10 @@ import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
+try:
+    from options import Parser
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"compare.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 from training.finished import FinishedRun, find_runs, read_runs
 from training.groups import (
     Group,
@@ -147,9 +151,8 @@ def draw(tables: dict[str, list[dict]], metric: str, path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="compare.py",
-        allow_abbrev=False,
         description="Group finished runs by their settings and compare them over seeds.",
         epilog="Runs belong together if all options that can change the result agree, except the seed. With --ignore "
         "initialize all initialized runs count as one setting, for example when each seed has its own teacher.",
@@ -173,17 +176,18 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table, and write the files that the options name."""
     options = parse(argv)
     try:
-        compare(options)
+        text = compare(options)
     except OSError as error:
         raise UserError(str(error)) from error
+    print(text, end="")
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace) -> str:
+    """Return the table, and write the files that the options name."""
     groups = group_runs(read_runs(find_runs(options.runs), options.metric), options.ignore)
     tables = summaries_by_table(groups, options.baseline and named_group(groups, options.baseline), options.metric)
     titles = {title: f"## {title}\n\n" if len(tables) > 1 else "" for title in tables}
     text = "\n".join(titles[title] + table(summaries, options.metric) for title, summaries in tables.items())
-    print(text, end="")
     for file in filter(None, (options.markdown, options.json, options.plot)):
         file.parent.mkdir(parents=True, exist_ok=True)
     if options.markdown:
@@ -193,6 +197,7 @@ def compare(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         draw(tables, options.metric, options.plot)
+    return text
 
 
 def summaries_by_table(groups: list[Group], wanted: Group | None, metric: str) -> dict[str, list[dict]]:

@@ -1,14 +1,21 @@
 """Write a trained model as a folder that timm, transformers and the Hugging Face Hub take, and check it in each of these ways."""
 
-from options import export_options
+import sys
+
+try:
+    from options import export_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"export.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
     export_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import argparse
 import hashlib
 import logging
-import sys
 import tempfile
 from pathlib import Path
 

@@ -1,14 +1,21 @@
 """Train a small model, from selected weights or from random ones: one run, top to bottom."""
 
-from options import training_options, without_effect
+import sys
+
+try:
+    from options import remarks, training_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"main.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
     training_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import argparse
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,11 +37,13 @@ from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options import peak_lr, plain
 from training import distributed
 from training import folder as run_folder
-from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress
+from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer
+from training.compiler import check_compiler
 from training.distill import Distillation, make_criterion
 from training.evaluation import evaluation_options, reported
-from training.log import EpochLog, Reporter, TensorBoard, WeightsAndBiases, report_best
+from training.log import EpochLog, make_reporter, report_best
 from training.memory import memory_errors_explained
+from training.place import lone_task
 from training.precision import Precision
 from training.signals import StopSignals, report_stop
 from training.start import Start, find_start
@@ -50,9 +59,11 @@ def main(argv: list[str] | None = None) -> dict:
     distributed.set_determinism(options.deterministic)
     # Install the handlers last: a process blocked in rendezvous cannot run them.
     with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
+        if options.compile:
+            check_compiler(device, options.compile_mode)
         start_logging(quiet=not distributed.is_main())
-        for name in without_effect(options):
-            log.warning("%s is accepted and has no effect", name)
+        for remark in (*lone_task(), *remarks(options)):
+            log.warning(remark)
         warn_of_cap(options.num_workers)
         with contextlib.ExitStack() as stack, memory_errors_explained(options, device):
             output_dir = Path(options.output_dir) if options.output_dir else None
@@ -107,7 +118,7 @@ def run(
     trainer.asked_to_stop = lambda: bool(stop.asked)
     progress = start.restore_trainer(trainer, steps, options.start_epoch)
     if progress.epoch >= options.epochs:
-        log.info("nothing is left to do: %s is of the last epoch", start.path)
+        log.info("nothing is left to do: %s is of the last epoch; %s", start.path, longer(start.path))
         report_best(start.state["best"], progress.best_epochs, start.path.parent)
         return start.state["metrics"]
     about = {"options": given, "initialization": start.source} | teacher
@@ -149,7 +160,8 @@ def train(
         if checkpoints:
             checkpoints.save(trainer.state() | state, improved)
 
-    with contextlib.closing(make_reporter(options, output_dir, steps, progress)) as reporter:
+    first_step = progress.epoch * steps + progress.done
+    with contextlib.closing(make_reporter(options, output_dir, steps, first_step)) as reporter:
         while progress.epoch < options.epochs:
             progress.start_epoch()
             reporter.start_epoch(progress.epoch, progress.done)
@@ -255,7 +267,8 @@ def make_trainer(
     warmup = options.warmup_steps if options.warmup_steps > 0 else round(options.warmup_epochs * steps_per_epoch)
     if warmup > steps:
         raise UserError(
-            f"--warmup_steps {warmup} is longer than the run: {options.epochs} epochs of {steps_per_epoch} updates"
+            f"--warmup_steps {warmup} is longer than the run, {options.epochs} epochs of {steps_per_epoch} updates: "
+            f"give at most {steps}"
         )
     decay_end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
     total_batch = options.batch_size * update_freq * distributed.world_size()
@@ -275,17 +288,6 @@ def make_trainer(
         mixer=build_mixer(Augmentation.from_options(options), num_classes),
         ema=ema,
     )
-
-
-def make_reporter(options: argparse.Namespace, output_dir: Path | None, steps: int, progress: Progress) -> Reporter:
-    """Build the reporter; only the main process has a bar and writers."""
-    writers, is_main = [], distributed.is_main()
-    if options.log_dir and is_main:
-        writers.append(TensorBoard(options.log_dir, first_step=progress.epoch * steps + progress.done))
-    if options.enable_wandb and is_main:
-        writers.append(WeightsAndBiases(options.project, plain(options), output_dir))
-    bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
-    return Reporter(options.epochs, steps, bar=bar, writers=writers)
 
 
 if __name__ == "__main__":

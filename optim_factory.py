@@ -5,10 +5,16 @@ import inspect
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
-from utils import UserError, first_line
+from utils import UserError, first_line, hint
 
 
 def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict]:
@@ -31,8 +37,8 @@ def create_optimizer(groups: list[dict], options: argparse.Namespace) -> torch.o
     if "adahessian" in name:
         raise UserError("--opt adahessian needs second derivatives, which this training loop does not compute")
     given = {"eps": options.opt_eps, "betas": betas and tuple(betas)}
+    inner = name.lower().removeprefix("lookahead_")
     try:
-        inner = name.lower().removeprefix("lookahead_")
         accepted = inspect.signature(get_optimizer_class(inner, bind_defaults=False).__init__).parameters
         kwargs = {key: value for key, value in given.items() if value is not None and key in accepted}
         if "fused" in accepted:
@@ -40,7 +46,9 @@ def create_optimizer(groups: list[dict], options: argparse.Namespace) -> torch.o
         kwargs |= {"lr": options.lr, "momentum": options.momentum}
         return create_optimizer_v2(groups, opt=name, weight_decay=0.0, **kwargs)
     except (ValueError, TypeError, AssertionError, IndexError, ImportError) as error:
-        raise UserError(f"--opt {name} cannot be built: {first_line(error)}") from error
+        known = list_optimizers()
+        similar = "" if inner in known else hint(name, known)
+        raise UserError(f"--opt {name} cannot be built: {first_line(error)}{similar}") from error
 
 
 def cosine_schedule(base: float, final: float, *, steps: int, warmup_steps: int = 0) -> np.ndarray:

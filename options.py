@@ -4,14 +4,18 @@ Standard library only, and imported before torch, so that `-h` and usage errors 
 """
 
 import argparse
+import os
 import re
-
-from utils import nearest
 
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
 )
+LAYER_RULES = ("first", "last", "middle", "uniform")
 ACTIVATION_RULES = ("energy", "coverage", "magnitude_energy")  # element rules that need images
+SCORED_RULES = ("magnitude", *ACTIVATION_RULES)  # element rules that need a score for each index
+ELEMENT_RULES = ("uniform", "consecutive", "random", "random_inconsistent", *SCORED_RULES)
+HEAD_RULES = ("blend", "keep")
+REFIT_TARGETS = ("stream", "outputs")
 LEAST_IMAGES = 16
 SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
 # What may change when a run is resumed. Every other option decides which weights come out. bad_images is here because
@@ -66,6 +70,9 @@ def boolean(text: str) -> bool:
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+BOOLEAN = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}  # the option alone means true
 
 
 def keyword(text: str) -> tuple[str, object]:
@@ -136,9 +143,47 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _parser(program: str, description: str) -> argparse.ArgumentParser:
-    # abbreviations would let a mistyped option pass as another one
-    return argparse.ArgumentParser(prog=program, description=description, formatter_class=Formatter, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """The parser of each script. A usage error is one line, which names what is nearest to a mistyped word."""
+
+    def __init__(self, **given) -> None:
+        super().__init__(allow_abbrev=False, **given)  # an abbreviation would let a mistyped option pass as another one
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            from utils import hint  # here, because -h need not wait for it
+
+            dashes = ("-", "–", "—")  # noqa: RUF001 (word processors make such dashes)
+            word = next((word for word in unknown if word.startswith(dashes)), unknown[0]).partition("=")[0]
+            self.error(f"unrecognized argument {word}{hint(word, self._option_string_actions)}")
+        return options
+
+    def error(self, message: str) -> None:
+        """End the process with code 2 and a line, which only the first process of several prints."""
+        from utils import UserError, is_first_process
+
+        line = f"{self.prog}: error: {UserError(message)}; -h lists the options\n"
+        self.exit(2, line if is_first_process() else None)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            from utils import hint
+
+            known = list(map(str, action.choices))
+            message = f"{value} is none of {', '.join(known)}{hint(str(value), known)}"
+            raise argparse.ArgumentError(action, message)
+
+    def _print_message(self, message: str, file=None) -> None:
+        """Write what the stream can show. It is None if it is closed; its reader may have gone, as in `-h | head -1`."""
+        if not (message and file):
+            return
+        encoding = file.encoding or "utf-8"
+        try:
+            file.write(message.encode(encoding, "replace").decode(encoding))
+            file.flush()
+        except OSError:  # Python flushes once more at exit, which must not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -163,9 +208,14 @@ def needs_images(options: argparse.Namespace) -> bool:
 
 
 def given_in_vain(options: argparse.Namespace) -> list[str]:
-    """Return the options about images that differ from their defaults, for a run of weight_selection.py without images."""
-    about_images = "data_set data_path calibration_images input_size imagenet_default_mean_and_std"
-    return _changed(options, f"ridge refit_target refit_layers {about_images}".split(), _selection_parser())
+    """Return a line for each option of weight_selection.py that is given and has no effect."""
+    about_images = "ridge refit_target refit_layers data_set data_path calibration_images input_size"
+    names = [] if needs_images(options) else f"{about_images} imagenet_default_mean_and_std".split()
+    changed = _changed(options, names, _selection_parser())
+    lines = [f"--{name} has no effect without --refit true or a rule by activation" for name in changed]
+    if options.plan and options.output_dir:
+        lines.append("--output_dir has no effect with --plan: nothing is written there")
+    return lines
 
 
 def _changed(options: argparse.Namespace, names: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -244,17 +294,22 @@ def unknown_data_set(name: str) -> str | None:
     """Return the message about a data set's name that is none of ours; None for ours, torch/NAME and hfds/NAME."""
     if name in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", name):
         return None
-    alike = " or ".join(nearest(name, DATA_SETS))
-    meant = f"; did you mean {alike}?" if alike else ""
-    return f"--data_set {name} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME{meant}"
+    from utils import hint
+
+    return f"--data_set {name} is none of {', '.join(DATA_SETS)}, torch/NAME, hfds/NAME{hint(name, DATA_SETS)}"
 
 
-def without_effect(options: argparse.Namespace) -> list[str]:
-    """Return the given options that have no effect: those of the original, and distillation in an evaluation."""
+def remarks(options: argparse.Namespace) -> list[str]:
+    """Return what to say at the start of main.py: options without effect, and that nothing is kept."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1} | (
         {"distillation": "none"} if options.eval else {}
     )
-    return [f"--{name}" for name, default in idle.items() if getattr(options, name) != default]
+    lines = [
+        f"--{name} is accepted and has no effect" for name, default in idle.items() if getattr(options, name) != default
+    ]
+    if not (options.output_dir or options.eval):
+        lines.append("no --output_dir: nothing is kept, neither checkpoints nor log.txt")
+    return lines
 
 
 def mixes(options: argparse.Namespace) -> bool:
@@ -285,23 +340,23 @@ def _pair_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _selection_parser() -> argparse.ArgumentParser:
-    parser = _parser("weight_selection.py", "Cut a larger pretrained model's weights into the shape of a smaller one.")
+    description = "Cut a larger pretrained model's weights into the shape of a smaller one."
+    parser = Parser(prog="weight_selection.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
 
     _pair_options(parser.add_argument_group("the two models"))
     add = parser.add_argument_group("what to select").add_argument
-    add("--layer_selection", choices=("first", "last", "middle", "uniform"), default="first",
+    add("--layer_selection", choices=LAYER_RULES, default="first",
         help="which of the teacher's layers, in each stage")
-    add("--element_selection", choices=("uniform", "consecutive", "random", "random_inconsistent", "magnitude",
-        *ACTIVATION_RULES), help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
+    add("--element_selection", choices=ELEMENT_RULES, help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
         "magnitude: those with the largest weights; energy, coverage, magnitude_energy: by activations on the images of "
         "--data_path (default: uniform, as in the paper; energy with --refit)")
-    add("--heads", choices=("blend", "keep"),
+    add("--heads", choices=HEAD_RULES,
         help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
         "blend, as in the paper; keep with --refit or if heads cannot be mixed)")
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules and the choice of images")
-    add("--include_head", type=boolean, nargs="?", const=True, default=False,
+    add("--include_head", **BOOLEAN, default=False,
         help="select the classifier too; the numbers of classes must agree")
 
     _add_refit(parser)
@@ -315,11 +370,11 @@ def _selection_parser() -> argparse.ArgumentParser:
 
 def _add_refit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("refit, and rules by activation").add_argument
-    add("--refit", type=boolean, nargs="?", const=True, default=False,
+    add("--refit", **BOOLEAN, default=False,
         help="after the selection, fit each layer so that the student's activations are the teacher's; no labels needed")
     add("--ridge", type=number(float, 0), default=0.01,
         help="how strongly the refit holds on to the selected weights, from 0 to inf")
-    add("--refit_target", choices=("stream", "outputs"), default="stream", help="what a layer that writes to the stream "
+    add("--refit_target", choices=REFIT_TARGETS, default="stream", help="what a layer that writes to the stream "
         "should give: what the student's stream lacks of the teacher's, or what the teacher's layer gives")
     add("--refit_layers", type=expression, default="", metavar="REGEX",
         help="refit only layers whose weights have such a name; the others stay as selected (default: all)")
@@ -329,13 +384,14 @@ def _add_refit(parser: argparse.ArgumentParser) -> None:
         help="how many to use; a fifth of them measures the refit")
     add("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images (default: the student's, or the "
         "teacher's run's)")
-    add("--exif", type=boolean, default=False, help="turn images as their EXIF orientation says, as in main.py")
-    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+    add("--exif", **BOOLEAN, default=False, help="turn images as their EXIF orientation says, as in main.py")
+    add("--imagenet_default_mean_and_std", **BOOLEAN, default=True, help="false: mean and std of 0.5")
 
 
 def _sweep_parser() -> argparse.ArgumentParser:
-    parser = _parser("sweep.py", "Train from random init and from selected weights with several seeds, then compare "
-        "the runs. All other options go to main.py: python main.py -h lists them.")
+    description = ("Train from random init and from selected weights with several seeds, then compare the runs. All other "
+        "options go to main.py: python main.py -h lists them.")
+    parser = Parser(prog="sweep.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("--initialize", required=True, nargs="+", action="extend", metavar="FILE",
         help="start from these weights, as in main.py; each FILE is compared with random init")
@@ -349,20 +405,22 @@ def _sweep_parser() -> argparse.ArgumentParser:
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    parser = _parser("export.py", "Write a trained model as a folder that timm, transformers and the Hugging Face Hub take.")
+    description = "Write a trained model as a folder that timm, transformers and the Hugging Face Hub take."
+    parser = Parser(prog="export.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a run of main.py (its best checkpoint), or a checkpoint")
     add("folder", metavar="OUT", help="folder to write")
     add("--model_key", default="model", choices=("model", "model_ema"), help="the weights, or their moving average")
-    add("--onnx", type=boolean, nargs="?", const=True, default=False, help="write model.onnx too, for any batch size")
+    add("--onnx", **BOOLEAN, default=False, help="write model.onnx too, for any batch size")
     add("--data_path", metavar="FOLDER", help="where the evaluation data is (default: where the run had it)")
-    add("--check_accuracy", type=boolean, default=True,
+    add("--check_accuracy", **BOOLEAN, default=True,
         help="measure the accuracy on all of the evaluation data; false: compare the logits of 64 images alone")
     return parser
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = _parser("predict.py", "Print the likeliest classes of images, a line per image.")
+    description = "Print the likeliest classes of images, a line per image."
+    parser = Parser(prog="predict.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("model", metavar="RUN_OR_FOLDER", help="the folder of a run of main.py (its best checkpoint), a checkpoint, or a "
         "folder of export.py")
@@ -396,7 +454,8 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
     checks = [
         (unknown is None, unknown),
         (o.warmup_steps > 0 or o.warmup_epochs <= o.epochs or o.eval,
-         f"--warmup_epochs {o.warmup_epochs} is longer than the run, --epochs {o.epochs}"),
+         f"--warmup_epochs {o.warmup_epochs} is longer than the run, --epochs {o.epochs}: give one up to {o.epochs} "
+         "(0: none), or --recipe short"),
         (not mixing or o.batch_size % 2 == 0 or o.eval,
          f"--batch_size {o.batch_size} is odd, but mixup and cutmix pair the images of a batch; make it even or set "
          "--mixup 0 --cutmix 0"),
@@ -433,7 +492,8 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 
 def _training_parser() -> argparse.ArgumentParser:
-    parser = _parser("main.py", "Train a small model, from selected weights (--initialize) or from random init.")
+    description = "Train a small model, from selected weights (--initialize) or from random init."
+    parser = Parser(prog="main.py", description=description, formatter_class=Formatter)
     positive, count, share = number(int, 1), number(int, 0), number(float, 0, 1)
 
     group = parser.add_argument_group("model")
@@ -465,11 +525,11 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--val_split", help="split to evaluate on, for torch/NAME and hfds/NAME (default: validation)")
     add("--input_key", help="column of the images, for hfds/NAME")
     add("--target_key", help="column of the labels, for hfds/NAME")
-    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: mean and std of 0.5")
+    add("--imagenet_default_mean_and_std", **BOOLEAN, default=True, help="false: mean and std of 0.5")
     add("--num_workers", default=10, type=count, help="processes that load images, per training process")
-    add("--pin_mem", type=boolean, default=True, help="pinned memory for copies to a GPU")
+    add("--pin_mem", **BOOLEAN, default=True, help="pinned memory for copies to a GPU")
 
-    add("--exif", type=boolean, default=False, help="turn images as their EXIF orientation says; torchvision does not")
+    add("--exif", **BOOLEAN, default=False, help="turn images as their EXIF orientation says; torchvision does not")
     add("--bad_images", default="fail", choices=("fail", "skip"),
         help="an image that cannot be read ends the run, or is replaced by the next readable one and counted in the "
         "log")
@@ -519,10 +579,10 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--layer_decay", type=number(float, 0, 1), default=1.0,
         help="learning rate factor from each layer to the one below")
     add("--clip_grad", type=number(float, 0), metavar="NORM", help="greatest gradient norm (default: no clipping)")
-    add("--model_ema", type=boolean, default=False, help="keep a moving average of the weights")
+    add("--model_ema", **BOOLEAN, default=False, help="keep a moving average of the weights")
     add("--model_ema_decay", type=share, default=0.9999, help="its decay per update")
-    add("--model_ema_force_cpu", type=boolean, default=False, help="keep it in host memory")
-    add("--model_ema_eval", type=boolean, default=False, help="evaluate it too")
+    add("--model_ema_force_cpu", **BOOLEAN, default=False, help="keep it in host memory")
+    add("--model_ema_eval", **BOOLEAN, default=False, help="evaluate it too")
 
     group = parser.add_argument_group("distillation")
     add = group.add_argument
@@ -539,48 +599,48 @@ def _training_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("device and speed").add_argument
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
-    add("--use_amp", type=boolean, default=False, help="mixed precision")
+    add("--use_amp", **BOOLEAN, default=False, help="mixed precision")
     add("--amp_dtype", choices=("float16", "bfloat16"),
         help="(default: float16 on cuda, with loss scaling; else bfloat16)")
-    add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile the model")
+    add("--compile", **BOOLEAN, default=False, help="torch.compile the model")
     add("--compile_mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of "
         "torch.compile; reduce-overhead replays CUDA graphs, for small batches")
-    add("--channels_last", type=boolean, nargs="?", const=True, default=False,
+    add("--channels_last", **BOOLEAN, default=False,
         help="memory layout, faster for ConvNeXt on GPUs")
-    add("--deterministic", type=boolean, nargs="?", const=True, default=False,
+    add("--deterministic", **BOOLEAN, default=False,
         help="same weights every time on a GPU too; slower")
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="all randomness comes from it")
 
     add = parser.add_argument_group("evaluation, logs, checkpoints").add_argument
     add("--output_dir", default="", help="folder for config.json, log.txt and checkpoints; empty: keep nothing")
-    add("--eval", type=boolean, default=False, help="evaluate and stop")
-    add("--disable_eval", type=boolean, default=False, help="train without evaluation")
-    add("--dist_eval", type=boolean, default=True, help="share the evaluation among the processes")
+    add("--eval", **BOOLEAN, default=False, help="evaluate and stop")
+    add("--disable_eval", **BOOLEAN, default=False, help="train without evaluation")
+    add("--dist_eval", **BOOLEAN, default=True, help="share the evaluation among the processes")
     add("--resume", default="", metavar="FILE", help="continue from this checkpoint")
-    add("--auto_resume", type=boolean, default=True, help="continue from the newest checkpoint in --output_dir")
+    add("--auto_resume", **BOOLEAN, default=True, help="continue from the newest checkpoint in --output_dir")
     add("--start_epoch", default=0, type=count, help="number of the first epoch if nothing is resumed")
-    add("--save_ckpt", type=boolean, default=True, help="write checkpoints")
+    add("--save_ckpt", **BOOLEAN, default=True, help="write checkpoints")
     add("--save_ckpt_freq", default=1, type=positive, metavar="EPOCHS", help="between checkpoints")
     add("--save_ckpt_steps", type=positive, metavar="UPDATES",
         help="between checkpoints within an epoch (default: none)")
     add("--save_ckpt_num", default=3, type=positive, help="how many to keep besides the best")
     add("--log_freq", default=10, type=positive, metavar="UPDATES",
         help="between log lines, the only waits for the device")
-    add("--progress", type=boolean, help="a progress bar instead of log lines (default: on a terminal)")
+    add("--progress", **BOOLEAN, help="a progress bar instead of log lines (default: on a terminal)")
     add("--log_dir", help="folder for TensorBoard")
-    add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    add("--enable_wandb", **BOOLEAN, default=False, help="log to Weights & Biases")
     add("--project", default="convnext", help="its project")
-    add("--wandb_ckpt", type=boolean, default=False, help="store the best checkpoint there")
+    add("--wandb_ckpt", **BOOLEAN, default=False, help="store the best checkpoint there")
 
     add("--dist_timeout", default=600.0, type=number(float, 1), metavar="SECONDS",
         help="end the run if a process does not answer the others for this long")
     for name, kind, default in (
-        ("world_size", int, 1),
-        ("dist_url", str, "env://"),
-        ("resplit", boolean, False),
-        ("dist_on_itp", boolean, False),
+        ("world_size", {"type": int}, 1),
+        ("dist_url", {}, "env://"),
+        ("resplit", BOOLEAN, False),
+        ("dist_on_itp", BOOLEAN, False),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", **kind, default=default, help=argparse.SUPPRESS)
     # launchers use both spellings; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser

@@ -1,13 +1,20 @@
 """Print the likeliest classes of images by a trained model: a run of main.py, or a folder of export.py."""
 
-from options import predict_options
+import sys
+
+try:
+    from options import predict_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"predict.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
     predict_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

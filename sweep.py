@@ -17,8 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    from options import peak_lr, plain, sweep_options, training_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"sweep.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 import compare
-from options import peak_lr, plain, sweep_options, training_options
 from training.finished import is_finished, settings_of
 from training.launch import say, work_off
 from utils import UserError, run_script

@@ -94,12 +94,25 @@ def seed_all(seed: int) -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that may be meant by `name`, in any case: that contain it, or else are spelt much like it."""
+    """Return up to three of `names` that may be meant by `name`: that contain it, or else are spelt much like it.
+
+    Case, dashes and underscores do not count.
+    """
     import difflib  # here, because only mistakes need it
 
-    lowered = {each.lower(): each for each in names}
-    alike = [each for each in lowered if len(name) > 2 and name.lower() in each]
-    return [lowered[each] for each in alike or difflib.get_close_matches(name.lower(), lowered)]
+    def plain(name: str) -> str:
+        return name.lower().lstrip("-–—").replace("-", "_")  # noqa: RUF001 (word processors make such dashes)
+
+    wanted, known = plain(name), {plain(each): each for each in names}
+    alike = [each for each in known if len(wanted) > 2 and wanted in each]
+    alike.sort(key=lambda each: not each.startswith(wanted))
+    return [known[each] for each in (alike or difflib.get_close_matches(wanted, known))[:3]]
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """Return "; nearest: a, b" for the end of a message about a mistyped name; "" if no name is near."""
+    alike = ", ".join(nearest(name, names))
+    return alike and f"; nearest: {alike}"
 
 
 def first_line(error: BaseException) -> str:
@@ -174,24 +187,33 @@ def start_logging(*, quiet: bool = False) -> None:
     logging.getLogger("huggingface_hub").propagate = False  # its own handler prints them already
 
 
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):  # torchrun's before those around it
+        if os.environ.get(name):
+            return not os.environ[name].isdecimal() or int(os.environ[name]) == 0
+    return True
+
+
 def run_script(main: Callable[[], object]) -> int:
     """Run a script's `main` and return its exit code.
 
-    0 on success, 1 after a one-line error on stderr or a closed pipe, 75 for a run that was asked to stop, 130 after
-    Ctrl-C. An error that the user cannot mend is raised, for its traceback.
+    0 on success, 1 after a one-line error on stderr or if stdout cannot be written to, 75 for a run that was asked to
+    stop, 130 after Ctrl-C. An error that the user cannot mend is raised, for its traceback.
     """
     # The imported libraries hold 400,000 objects that live to the end. Spare the collector its full passes over them:
     # weight_selection.py's work for ViT-S -> ViT-T takes 0.15 s of CPU time, not 0.37 s. They also stay frozen at exit,
     # where one more pass and the destruction of what it finds would take 0.9 s.
     gc.freeze()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it is None if it is closed, as by >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no "…" shows "?", where it would raise
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, as in "… --plan | head". Python flushes stdout once more at exit: that must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as in "… --plan | head"
+        _discard_stdout()
         return 1
     except Stopped:
         return STOPPED
@@ -201,11 +223,18 @@ def run_script(main: Callable[[], object]) -> int:
         message = _explain(error)
         if message is None:
             raise
-        several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-        rank = f" (rank {os.environ['RANK']})" if several and "RANK" in os.environ else ""
+        if isinstance(error, OSError):
+            _discard_stdout()
+        rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        rank = f" (rank {rank})" if rank and processes not in (None, "", "1") else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {message}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _discard_stdout() -> None:
+    """Lead stdout nowhere: Python flushes it once more at exit, and that must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> str | None:
@@ -214,6 +243,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if ran_out_of_memory(error):
         return f"out of memory ({first_line(error)})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"what is printed, or a temporary file, cannot be written: {error.strerror}"
     # torch raises this in whatever line the training process is at when a worker dies
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         cause = first_line(error)

@@ -19,16 +19,23 @@ so that what one tensor writes to a channel the next one reads from it; it cuts 
 follow other rules. It plans first (selection.match, selection.plan), then copies (selection.tensors).
 """
 
-from options import ACTIVATION_RULES, LEAST_IMAGES, given_in_vain, keyword_text, needs_images, selection_options
+import sys
+
+try:
+    from options import selection_options
+except ImportError as error:  # Python was told not to look beside this file
+    sys.exit(f"weight_selection.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
-    selection_options()  # -h and usage errors answer before torch is imported
+    selection_options()  # answer -h and usage errors before importing torch
+    from requirements import require_packages  # here, because -h need not wait for it
+
+    require_packages()
 
 import argparse
 import logging
 import os
 import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +50,7 @@ from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.pixels import Renormalize, image_channels, mean_and_std
+from options import ACTIVATION_RULES, LEAST_IMAGES, SCORED_RULES, given_in_vain, keyword_text, needs_images
 from selection.activations.scratch import BATCH, Calibration
 from selection.pair import build, count_classes, make_outline, outline_without_heads
 from selection.picture import check_plot, draw
@@ -52,10 +60,10 @@ from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.tensors import magnitudes, select
 from training.trained import Trained, find_trained
-from utils import Stream, UserError, check_creatable, json_lines, permutation, run_script, start_logging
-from weightfiles.initialization import check_replaceable, write_initialization
+from utils import Stream, UserError, json_lines, permutation, run_script, start_logging
+from weightfiles.initialization import check_replaceable, output_path, write_initialization
 from weightfiles.lazy import Weights
-from weightfiles.read import WEIGHT_SUFFIXES, check_finite
+from weightfiles.read import check_finite
 from weightfiles.search import ANY_PART, Part
 from weightfiles.teacher import read_teacher
 
@@ -135,7 +143,7 @@ def _scores(
     outline: Outline, rule: str, weights: Weights | None, running: Running | None
 ) -> dict[str, np.ndarray] | None:
     """Score the indices of each axis group, if the rule needs it; see `selection.rules.select_indices`."""
-    if rule not in ("magnitude", *ACTIVATION_RULES):
+    if rule not in SCORED_RULES:
         return None
     scores = magnitudes(weights, outline)
     return running.scores(outline, rule, scores) if rule in ACTIVATION_RULES else scores
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if options.plot:
         check_plot(Path(options.plot))
     if not options.plan:
-        path = _output_path(options.output_dir, family)
+        path = output_path(options.output_dir, family)
         check_replaceable(path)
     rule = options.element_selection or ("energy" if options.refit else "uniform")
     heads = options.heads or ("keep" if options.refit else None)
@@ -272,27 +280,8 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         )
     if options.heads and description["choices"]["heads"] is None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
-    if not needs_images(options):
-        for name in given_in_vain(options):
-            log.warning("--%s has no effect without --refit true or a rule by activation", name)
-    if options.plan and options.output_dir:
-        log.warning("--output_dir has no effect with --plan: nothing is written there")
-
-
-def _output_path(output_dir: str, family: str) -> Path:
-    """Name the file to write: `output_dir` if it has a suffix of weights, else <family>.pth in it.
-
-    Raises UserError, before the work is done, if the file cannot be written there.
-    """
-    path = Path(output_dir)
-    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (*WEIGHT_SUFFIXES, ".bin", ".npz", ".json"):
-        raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
-    if path.suffix not in WEIGHT_SUFFIXES:
-        path = path / f"{family}.pth"
-    elif path.is_dir():
-        raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
-    check_creatable(path, f"--output_dir {output_dir} cannot be made")
-    return path
+    for remark in given_in_vain(options):
+        log.warning(remark)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ mutation did not renew them, and otherwise as the plain library reads it. docs/s
 Each is printed with the option that repeats it; then the exit code is 1. Linux only.
 """
 
-import argparse
 import collections
 import gc
 import logging
@@ -33,6 +32,7 @@ import torch
 
 from bench import mutations
 from bench.fuzz_samples import Sample, Tensors, initialize, make_samples, select
+from options import Parser
 from utils import UserError, json_lines
 
 SECONDS = 5.0  # of processor time, for all readers of a mutant
@@ -215,7 +215,7 @@ def summary(verdicts: list[Verdict], seconds: float) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutants", type=int, default=5000, help="at least this many (5000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="a .json for the counts")

@@ -6,7 +6,6 @@ No weights are read or made: models are built on the meta device. Two models of 
 exception but a refusal with its reason ends the run with code 1.
 """
 
-import argparse
 import collections
 import importlib.util
 import inspect
@@ -22,11 +21,12 @@ import timm
 import torch
 
 import models
+from options import HEAD_RULES, LAYER_RULES, Parser
 from selection.families import FAMILIES
 from selection.family import Layout, Refused
 from selection.match import match
 from selection.plan import choose
-from selection.rules import LAYER_RULES, Choices
+from selection.rules import Choices
 from utils import json_lines
 
 
@@ -89,10 +89,10 @@ def counts(family: str, choices: Choices) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Count the families; returns what `--out` holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--layer_selection", choices=LAYER_RULES, default="first")
-    parser.add_argument("--heads", choices=("blend", "keep"), help="(default: blend; keep if heads cannot be mixed)")
+    parser.add_argument("--heads", choices=HEAD_RULES, help="(default: blend; keep if heads cannot be mixed)")
     parser.add_argument("--out", metavar="FILE", help="write counts and the planned pairs as JSON")
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")

@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from bench.selection import PAIRS, ROOT, hardware, make_teacher, sampled
+from options import Parser
 
 MOST_SECONDS = {"vit_s": 90, "convnext_t": 180}  # aims for 256 images, on two idle cores
 MOST_MB = 1500
@@ -79,7 +80,7 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a Markdown file for the report")
     parser.add_argument("--folder", type=Path, help="for teachers and images, kept; default: a temporary one, removed")
     parser.add_argument("--pairs", nargs="+", choices=MOST_SECONDS, default=list(MOST_SECONDS))

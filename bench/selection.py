@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from options import Parser
+
 ROOT = Path(__file__).parents[1]
 MB = 10**6
 
@@ -255,7 +257,7 @@ def report(results: dict[str, dict[str, list[dict]]], repeat: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="recorded runs of each pair in each way")
     parser.add_argument("--out", type=Path, help="a Markdown file for the report; single runs go to .jsonl beside it")
     parser.add_argument("--folder", type=Path, help="for the teachers' files, kept; default: a temporary one, removed")

@@ -30,6 +30,7 @@ import torch
 import main as script
 from bench.selection import hardware
 from bench.throughput import make_images
+from options import Parser
 from training.checkpoint import numbered_checkpoints, read_checkpoint
 from utils import UserError, revision, run_script
 
@@ -194,7 +195,7 @@ def command(data: Path, options: str, folder: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the benchmark; return what the JSON holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--runs", type=int, default=100)
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -29,6 +29,7 @@ import datasets
 from bench.selection import hardware
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
 from images.images import Images
+from options import Parser
 from training import distributed
 from training.precision import Precision
 from utils import UserError, first_line, revision
@@ -182,7 +183,7 @@ def table(result: dict, peak_rate: float) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and fill in the defaults that depend on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="an image folder")
     add("--device", default="auto")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from training.place import read_place
 from training.signals import leave_to_parent
 from utils import UserError
 
@@ -136,12 +137,12 @@ class Gate:
 
 def training_fills_cores() -> bool:
     """Whether the training threads of this node's processes are at least as many as the cores."""
-    return torch.get_num_threads() * _processes_here() >= _cores()
+    return torch.get_num_threads() * read_place().local_world_size >= _cores()
 
 
 def most_workers() -> int:
     """Return how many workers each training process can have so that this node has no more of them than cores."""
-    return max(1, _cores() // _processes_here())
+    return max(1, _cores() // read_place().local_world_size)
 
 
 def warn_of_cap(num_workers: int) -> None:
@@ -152,10 +153,6 @@ def warn_of_cap(num_workers: int) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _unchanged(batch: tuple[Tensor, np.ndarray]) -> tuple[Tensor, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import inspect
 import warnings
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.pixels import image_channels
-from utils import UserError, first_line
+from utils import UserError, first_line, hint
 
 # timm builds its smaller ConvNeXts with 1x1 convolutions. The paper's have linear layers (conv_mlp=False) in every size,
 # so that the weights of the larger ones fit
@@ -60,9 +59,8 @@ def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
     if is_model(name.partition(".")[0]) and name not in get_deprecated_models():
         return name, dict(kwargs)
     known = [*VARIANTS, *list_models(), *list_pretrained()]
-    nearest = ", ".join(difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.4)) or "none"
     reason = "was dropped by timm 1.x without a successor" if name in WITHOUT_SUCCESSOR else "is not a model"
-    raise UserError(f"{name} {reason} (timm {timm.__version__}); nearest names: {nearest}")
+    raise UserError(f"{name} {reason} (timm {timm.__version__}){hint(name, known)}")
 
 
 class _WithoutValues(TorchFunctionMode):

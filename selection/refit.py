@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
+from options import REFIT_TARGETS
 from selection.activations.alignment import Alignment
 from selection.activations.regression import Regression
 from selection.activations.scratch import Batch, Calibration, Scratch
@@ -25,6 +26,7 @@ from selection.activations.segments import IMAGES, Segments
 from selection.activations.targets import Fit, KeepTargets, Seen, Targets
 from selection.activations.trace import Trace
 from selection.plan import Plan
+from selection.rules import check_rule
 from utils import UserError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,9 @@ class Refit:
     ridge: float = 0.01  # the penalty, as a share of the inputs' mean variance; inf leaves all as selected
     target: str = "stream"  # "outputs": layers that write to the stream have the outputs of the teacher's as well
     layers: str = ""  # a regular expression to find in the name of a layer's weight; other layers stay as selected
+
+    def __post_init__(self) -> None:
+        check_rule("target", self.target, REFIT_TARGETS)
 
 
 @dataclass

@@ -100,9 +100,8 @@ def _patch(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, size: l
 def _window(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, old: list, new: list) -> Tensor:
     """Resize a table of relative positions [offsets, heads] to windows of `new` patches."""
     shape = (math.prod(2 * side - 1 for side in new), tensor.shape[1])
-    known = {} if old[0] == old[1] else {"old_window_size": old}  # older versions of timm do not take it
     with warnings.catch_warnings(action="ignore"):  # torch warns of how timm calls it
-        return resize_rel_pos_bias_table(tensor, new, shape, **known)
+        return resize_rel_pos_bias_table(tensor, new, shape, old_window_size=old)
 
 
 def _channels(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
+from options import Parser
 from study.arms import ARMS
 from study.report import METRIC, differences
 from study.studies import CALIBRATION_IMAGES, RATE_SEED
@@ -180,7 +181,7 @@ def report(root: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study.rates", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, metavar="FOLDER", help="what study.run had as --results")

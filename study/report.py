@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
+from options import Parser
 from study.arms import ARMS
 from training.finished import FinishedRun, find_runs, read_runs
 from training.groups import START
@@ -233,7 +234,7 @@ def report(roots: list[Path], out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="FOLDER", help="what study.run had as --results")

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from options import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
 from study.studies import RATE_SEED, STUDIES
@@ -158,9 +159,8 @@ def listing(runs: list[Run], place: Place) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study.run",
-        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,7 +3,6 @@
 python -m study.shuffle vit/teacher/checkpoint-19.pth vit/teacher-shuffled.pth --seed 0
 """
 
-import argparse
 import io
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from options import Parser
 from utils import run_script, write_atomically
 from weightfiles.lazy import open_weights
 
@@ -28,7 +28,7 @@ def shuffled(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     description = "Shuffle the values of each tensor of a file."
-    parser = argparse.ArgumentParser(prog="python -m study.shuffle", description=description)
+    parser = Parser(prog="python -m study.shuffle", description=description)
     parser.add_argument("source", type=Path, help="weights, or a checkpoint of main.py")
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument("--seed", type=int, default=0)

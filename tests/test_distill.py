@@ -332,7 +332,7 @@ def test_compiled_run_learns_as_the_plain_one(kind, teacher, train, tmp_path, mo
     monkeypatch.setattr(nn.Module, "compile", note)
     words = f"--distillation {kind} --teacher_path {teacher} --epochs 1"
     plain, fast = train(words, to="plain"), train(words, "--compile", to="fast")
-    assert compiled == ["VisionTransformer"] * 2 + ["WithDistiller"] * (kind == "features")
+    assert compiled == ["Probe", *["VisionTransformer"] * 2, *["WithDistiller"] * (kind == "features")]
     for name in ("train_task_loss", "train_distillation_loss", "test_loss"):
         assert fast[name] == pytest.approx(plain[name], rel=1e-3)
 

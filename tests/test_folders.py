@@ -238,14 +238,14 @@ def test_complete_copy_is_not_announced(tmp_path, monkeypatch, logged):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("cifar", "CIFAR10 or CIFAR100"), ("cifar-10", "CIFAR10 or CIFAR100"), ("imagefolder", "image_folder")],
+    [("cifar", "CIFAR10, CIFAR100"), ("cifar-10", "CIFAR10, CIFAR100"), ("imagefolder", "image_folder")],
 )
 def test_nearest_names_of_data_sets_are_given(name, meant, capsys):
     with pytest.raises(SystemExit):
         training_options(["--data_set", name])
     said = capsys.readouterr().err
-    assert f"--data_set {name} is none of CIFAR10, " in said and f"did you mean {meant}?" in said
-    with pytest.raises(UserError, match=f"did you mean {meant}"):
+    assert f"--data_set {name} is none of CIFAR10, " in said and f"; nearest: {meant};" in said
+    with pytest.raises(UserError, match=f"; nearest: {meant}$"):
         datasets.load_unlabelled(name, "")
 
 

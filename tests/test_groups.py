@@ -49,7 +49,7 @@ def test_ignored_initialize_keeps_random_init_apart(root):
     groups = groups_of(root, "--ignore", "initialize")
     assert [(group["label"], group["n"]) for group in groups] == [("random init", 1), ("initialize=any", 2)]
     error = error_of(compare, root, "--ignore", "colour")
-    assert "--ignore colour: no such setting; the settings are aa, amp_dtype" in error and "images_per_update" in error
+    assert "--ignore colour is none of the settings aa, amp_dtype" in error and "images_per_update" in error
 
 
 def test_baseline_is_the_named_group(students, tmp_path, capsys):

@@ -37,11 +37,12 @@ def test_run_leaves_config_log_and_checkpoints(train, tmp_path):
     assert state["best"] == {"test_acc1": max(line["test_acc1"] for line in lines)} and state["metrics"] == record
 
 
-def test_run_without_output_dir_writes_nothing(tiny_run, tmp_path, monkeypatch):
+def test_run_without_output_dir_writes_nothing_and_says_so(tiny_run, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint-0.pth").write_text("not ours: an empty --output_dir must not resume from here")
     assert script.main(tiny_run("--epochs 1 --nb_classes 3", output_dir=""))["epoch"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+    assert caplog.messages[0] == "no --output_dir: nothing is kept, neither checkpoints nor log.txt"
 
 
 def test_same_seed_same_weights_and_another_seed_others(train, tmp_path):
@@ -201,12 +202,12 @@ FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
     [
         ("--update_freq 6", "48 images per update, but the training set has 40: --update_freq can be 5 at most"),
         ("--batch_size 64", "the training set has 40: --batch_size can be 40 at most"),
-        ("--warmup_steps 11", "--warmup_steps 11 is longer than the run: 2 epochs of 5 updates"),
+        ("--warmup_steps 11", "--warmup_steps 11 is longer than the run, 2 epochs of 5 updates: give at most 10"),
         ("--data_path nowhere", "nowhere"),
         ("--nb_classes 4", "--nb_classes 4, but --data_set image_folder has 3"),
-        ("--model vit_tny", "vit_tny is not a model"),
+        ("--model vit_tny", r"vit_tny is not a model \(.*\); nearest: vit_tiny"),
         ("--model_kwargs num_heads=5", "vit_tiny cannot be built"),
-        ("--opt adamx", "--opt adamx cannot be built"),
+        ("--opt adamx", "--opt adamx cannot be built: .*; nearest: adam"),
         ("--opt adahessian", "--opt adahessian needs second derivatives"),
         ("--opt_betas 0.9", "--opt adamw cannot be built"),
         ("--model_kwargs img_size=16", r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
@@ -244,7 +245,10 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--warmup_epochs 5 --epochs 3", "--warmup_epochs 5 is longer than the run, --epochs 3"),
+        (
+            "--warmup_epochs 5 --epochs 3",
+            "--warmup_epochs 5 is longer than the run, --epochs 3: give one up to 3 (0: none), or --recipe short",
+        ),
         ("--batch_size 7", "--batch_size 7 is odd, but mixup and cutmix pair"),
         ("--data_set CIFAR1000", "--data_set CIFAR1000 is none of CIFAR10"),
         ("--use_amp maybe", "'maybe' is neither true nor false"),
@@ -252,7 +256,7 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
         ("--smoothing 1.5", "1.5 is not from 0 to 1"),
         ("--model_kwargs depth", "'depth' is not of the form name=value"),
         ("--initialize http://example.org/x.pth", "a URL must be https://…#sha256="),
-        ("--batchsize 64", "unrecognized arguments: --batchsize"),
+        ("--batchsize 64", "unrecognized argument --batchsize"),
         ("--eval true --disable_eval true", "leave nothing to do"),
         ("--cutmix_minmax 1 0", "--cutmix_minmax takes two numbers from 0 to 1"),
         ("--seed 18446744073709551616", "is not from 0 to"),
@@ -317,5 +321,13 @@ def test_compiled_model_keeps_the_names_of_its_weights(train, tmp_path, monkeypa
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(type(self).__name__))
     train("--compile --epochs 1")
-    assert compiled == ["VisionTransformer"]
+    assert compiled == ["Probe", "VisionTransformer"]  # first a try
     assert "cls_token" in weights_of(tmp_path / "run", "checkpoint-0.pth")
+
+
+def test_missing_compiler_is_said_before_anything_is_written(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"--compile: torch cannot compile here \(.*/nowhere/g\+\+.*; leave it out, or"):
+        train("--compile")
+    assert not (tmp_path / "run").exists()

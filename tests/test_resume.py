@@ -1,6 +1,8 @@
 """A resumed run gives the weights and the log of an uninterrupted one, or is refused with the reason."""
 
 import contextlib
+import logging
+import re
 
 import pytest
 import torch
@@ -80,10 +82,14 @@ def test_crash_between_log_and_checkpoint_leaves_each_epoch_once(train, tmp_path
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1]
 
 
-def test_finished_run_is_left_alone_whatever_decides_nothing(train, tmp_path):
+def test_finished_run_is_left_alone_whatever_decides_nothing(train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     first = train()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")}
     assert train() == train("--num_workers 1 --log_freq 3 --progress false") == first
+    assert re.search(
+        r"nothing is left to do: \S+-1\.pth is of .*; to train longer, .* --initialize \S+-1\.pth", caplog.text
+    )
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")}
 
 
@@ -134,6 +140,11 @@ def test_other_settings_are_named_and_nothing_changes(train, tmp_path):
         ("bfloat16 --lr 0.5 --mixup 0", r"other settings: --mixup was 0\.8, is 0\.0, --lr was 0\.001, is 0\.5"),
         ("bfloat16 --initialize vit.pth", r"--initialize was , is vit\.pth"),
         ("bfloat16 --update_freq 2", "processes x --update_freq was 1 x 1, is 1 x 2"),
+        (
+            "bfloat16 --epochs 3",
+            r"--epochs was 2, is 3; use those, or another --output_dir; to train longer, start another run from its "
+            r"weights: --initialize .*/run/checkpoint-1\.pth and another --output_dir",
+        ),
         ("float16", r"the precision was bfloat16, is float16 \(--device, --use_amp, --amp_dtype\)"),
     ):
         with pytest.raises(UserError, match=message):

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SWIN_T, VIT_B, VIT_T, indices_of, layout, plan_of, vit_layout
 
-from options import selection_options
+from options import ELEMENT_RULES, LAYER_RULES, SCORED_RULES
+from selection.activations.scores import activation_scores
 from selection.families import FAMILIES
 from selection.family import Layout
 from selection.match import match
 from selection.plan import choose
-from selection.rules import LAYER_RULES, Choices, select_indices, select_layers
+from selection.refit import Refit
+from selection.rules import Choices, select_indices, select_layers
 from selection.tensors import magnitudes, select
 
 # ---- layers ----
@@ -44,8 +46,8 @@ def test_layers_are_those_worked_out_by_hand(source, target, kinds, expected):
 
 
 PROPERTY = settings(derandomize=True, database=None, deadline=None)
-RULES = st.sampled_from(list(LAYER_RULES))
-ELEMENTS = st.sampled_from(["uniform", "consecutive", "random", "random_inconsistent", "magnitude"])
+RULES = st.sampled_from(LAYER_RULES)
+ELEMENTS = st.sampled_from(ELEMENT_RULES)
 
 
 @PROPERTY
@@ -76,9 +78,24 @@ def test_swin_keeps_its_windows_and_resnet_its_first_layers(rule):
     assert resnet.layers["layer3"].size == 23 and all(group.kept[0] == 0 for group in resnet.layers.values())
 
 
-def test_each_layer_rule_is_an_option():
-    for rule in LAYER_RULES:
-        assert selection_options(["--plan", "--layer_selection", rule]).layer_selection == rule
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: Choices("frist"), r"layer_selection='frist' is none of first, .*; nearest: first"),
+        (lambda: Choices(element_selection="Energy"), "element_selection='Energy' is none of .*; nearest: energy"),
+        (lambda: Choices(heads="mix"), "heads='mix' is none of blend, keep$"),
+        (lambda: select_layers("", 4, 2), "layer_selection='' is none of first"),
+        (
+            lambda: select_indices("best", 4, 2, group="stream", seed=0, score=None),
+            "element_selection='best' is none of",
+        ),
+        (lambda: activation_scores(*[None] * 4, "magnitude", {}), "'magnitude' is none of energy, coverage"),
+        (lambda: Refit(target="output"), "target='output' is none of stream, outputs; nearest: outputs"),
+    ],
+)
+def test_unknown_rule_is_refused_instead_of_running_as_another(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask()
 
 
 def test_tensors_come_from_the_layer_that_the_rule_names():
@@ -101,7 +118,7 @@ def test_indices_ascend_in_range_or_are_refused(rule, source, target, seed):
     kept = select_indices(rule, source, target, group="stream", seed=seed, score=score)
     assert kept == sorted(set(kept)) and len(kept) == target and kept[0] >= 0 and kept[-1] < source
     assert kept == select_indices(rule, source, target, group="stream", seed=seed, score=score)
-    if rule == "magnitude":  # of equals the earlier
+    if rule in SCORED_RULES:  # of equals the earlier
         assert kept == sorted(sorted(range(source), key=lambda index: -score[index])[:target])
 
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from small_models import SWIN_T, VIT, VIT_B, VIT_L, VIT_T, indices_of, layout, plan_of, vit_layout
 
 from models import ModelSpec
-from options import keyword
+from options import LAYER_RULES, keyword
 from selection.family import Refused
-from selection.rules import LAYER_RULES, Choices, evenly_spaced
+from selection.rules import Choices, evenly_spaced
 from utils import UserError
 from weight_selection import select_weights
 
@@ -76,7 +76,7 @@ def test_rotary_heads_are_kept_and_the_description_says_so():
 # ---- pairs of any sizes ----
 
 PROPERTY = settings(derandomize=True, database=None, deadline=None, max_examples=25)
-RULES = st.sampled_from(list(LAYER_RULES))
+RULES = st.sampled_from(LAYER_RULES)
 ELEMENTS = st.sampled_from(["uniform", "consecutive", "random", "random_inconsistent"])
 CHOICES = st.builds(Choices, RULES, ELEMENTS, st.sampled_from([None, "blend", "keep"]), st.integers(0, 2**32))
 VITS = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.sampled_from([1, 2, 4]))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # a script, a module or a folder imports only from levels below its own, and from itself
 LEVELS = [
     ["utils"],
-    ["options", "models", "optim_factory"],
+    ["options", "models", "optim_factory", "requirements"],
     ["weightfiles"],
     ["selection"],
     ["training"],
@@ -50,7 +50,7 @@ def test_modules_import_only_from_levels_below_their_own(name):
 
 
 @pytest.mark.parametrize(
-    "module", ["options", "utils", "compare", "sweep", "study.run", "study.report", "study.make_data"]
+    "module", ["options", "utils", "requirements", "compare", "sweep", "study.run", "study.report", "study.make_data"]
 )
 def test_what_has_to_answer_at_once_needs_only_python(module):
     code = f"import sys; sys.path.append({str(ROOT)!r}); import {module}"

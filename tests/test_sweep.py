@@ -215,7 +215,7 @@ def test_run_that_fails_before_it_trains_ends_the_sweep(words, recorded, called,
 
 
 USAGE = {
-    "unrecognized arguments: --epoch 3": "--epoch 3",
+    "unrecognized argument --epoch; nearest: --epochs": "--epoch 3",
     "--warmup_epochs 9 is longer than the run, --epochs 2": "--warmup_epochs 9",
     "--seed is set for each run: --seeds N takes the seeds from 0 to N-1": "--seed 3",
     "--resume is for one run": "--resume x.pth",

@@ -32,7 +32,7 @@ import weight_selection
 from models import ModelSpec
 from selection.rules import evenly_spaced
 from selection.tensors import select
-from utils import UserError
+from utils import UserError, seed_all
 from weight_selection import select_weights
 
 PAIRS = {
@@ -165,6 +165,7 @@ def test_timm_and_torch_read_the_file(family, suffix, published):
 
 @pytest.mark.parametrize("family", PAIRS)
 def test_a_training_loop_of_timms_parts_takes_the_file(family, published, image_folder):
+    seed_all(0)
     name, kwargs = models.timm_arguments(PAIRS[family][1], {"num_classes": 3})
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(published(family))}, **kwargs)
     images = create_dataset("", root=str(image_folder), split="train")

@@ -162,6 +162,11 @@ def position_in_name(path: Path) -> tuple[int, float]:
     return int(epoch), int(step) if step else math.inf
 
 
+def longer(path: Path) -> str:
+    """Say how to train longer than the run of a checkpoint, whose schedule ends with its last epoch."""
+    return f"to train longer, start another run from its weights: --initialize {path} and another --output_dir"
+
+
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """List checkpoint-<epoch>.pth and checkpoint-<epoch>-<step>.pth of a folder, newest first."""
     files = (path for path in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+(-\d+)?", path.stem))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.place import check_address, read_place
 from utils import UserError, first_line
 
 PATIENCE = timedelta(hours=6)  # while one process downloads or decodes a data set and the others wait
@@ -32,7 +33,7 @@ def is_main() -> bool:
 
 def node_leader() -> int:
     """Return the rank of the first process on this node."""
-    return rank() - int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    return rank() - read_place().local_rank if dist.is_initialized() else 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,6 +41,7 @@ def pick_device(name: str) -> torch.device:
 
     UserError if there is no such device, or if this node has fewer GPUs than processes.
     """
+    place = read_place()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -52,7 +54,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device mps: torch sees no Apple GPU here; take --device cpu")
     if device.type != "cuda":
         return device
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, processes = torch.cuda.device_count(), place.local_world_size
     if not gpus:
         raise UserError(f"--device {name}: torch sees no GPU here; take --device cpu, or a CUDA build of torch")
     if processes > gpus:
@@ -63,7 +65,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} names one GPU for {processes} processes: take --device cuda, each has its own"
         )
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    index = place.local_rank if device.index is None else device.index
     if index >= gpus:
         raise UserError(f"--device {name}: the GPUs here are cuda:0 to cuda:{gpus - 1}")
     torch.cuda.set_device(index)
@@ -85,26 +87,25 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
     A process that fails, or does not answer for `timeout` seconds, ends the others with UserError.
     """
     global _patient_group
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
-            raise UserError(
-                "srun started several processes that are not connected: use srun torchrun (docs/cluster.md)"
-            )
+    place, by_environment = read_place(), dist_url == "env://"
+    if place.world_size == 1:
         yield
         return
-    store = _store_of_this_attempt() if dist_url == "env://" else None
+    if by_environment:
+        check_address()
     try:
+        store = _store_of_this_attempt() if by_environment else None
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=None if store else dist_url,
             store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            rank=place.rank,
+            world_size=place.world_size,
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(seconds=timeout),
         )
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes could not connect to each other ({first_line(error)})") from error
     try:
         yield

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from options import RECIPES
 from training.finished import READING_IT, FinishedRun, warn
-from utils import UserError
+from utils import UserError, hint
 
 # Groups that agree in these stand in one table.
 MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction", "classes", "training_images")
@@ -42,7 +42,7 @@ def group_runs(runs: list[FinishedRun], ignore: list[str]) -> list[Group]:
     known = sorted({name for run in runs for name in run.settings} | facts)
     for name in ignore:
         if name not in known:
-            raise UserError(f"--ignore {name}: no such setting; the settings are {', '.join(known)}")
+            raise UserError(f"--ignore {name} is none of the settings {', '.join(known)}{hint(name, known)}")
     ignored = set(ignore) | set(READING_IT if "initialize" in ignore else ())
     by_settings: dict[tuple, dict[int, FinishedRun]] = defaultdict(dict)
     for run in runs:

@@ -1,5 +1,6 @@
 """Where a run's figures go: log.txt, the console, TensorBoard, Weights & Biases."""
 
+import argparse
 import contextlib
 import json
 import logging
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from options import plain
+from training import distributed
 from training.checkpoint import BEST_CHECKPOINTS
 from utils import UserError, first_line, write_atomically
 
@@ -114,6 +117,17 @@ class Reporter:
     def _write(self, scalars: dict[str, float], step: int) -> None:
         for writer in self.writers:
             writer.write(scalars, step)
+
+
+def make_reporter(options: argparse.Namespace, output_dir: Path | None, steps: int, first_step: int) -> Reporter:
+    """Build the reporter of a run that continues after `first_step` updates; only the main process has a bar and writers."""
+    writers, is_main = [], distributed.is_main()
+    if options.log_dir and is_main:
+        writers.append(TensorBoard(options.log_dir, first_step))
+    if options.enable_wandb and is_main:
+        writers.append(WeightsAndBiases(options.project, plain(options), output_dir))
+    bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
+    return Reporter(options.epochs, steps, bar=bar, writers=writers)
 
 
 def summary(record: dict, best: dict) -> str:

@@ -18,6 +18,7 @@ from training import distributed
 from training.checkpoint import (
     BEST_CHECKPOINTS,
     Progress,
+    longer,
     newest_checkpoint,
     numbered_checkpoints,
     position_in_name,
@@ -196,7 +197,10 @@ def check_same_settings(path: Path, saved: dict, options: dict, *, update_freq: 
         differences.append(f"the precision was {saved['precision']}, is {precision} (--device, --use_amp, --amp_dtype)")
     if differences:
         listed = ", ".join(differences)
-        raise UserError(f"{path} belongs to a run with other settings: {listed}; use those, or another --output_dir")
+        way_out = "use those, or another --output_dir"
+        if options["epochs"] > then["epochs"]:
+            way_out += f"; {longer(path)}"
+        raise UserError(f"{path} belongs to a run with other settings: {listed}; {way_out}")
 
 
 def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -12,12 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from models import family_of
-from utils import UserError, json_lines, write_together
+from utils import UserError, check_creatable, json_lines, write_together
 from weightfiles.lazy import FOLDER_FILES, find_file, open_file, sha256_of
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite
 from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
+
+
+def output_path(output_dir: str, family: str) -> Path:
+    """Name the file to write: `output_dir` if it has a suffix of weights, else <family>.pth in it.
+
+    Raises UserError, before the work is done, if the file cannot be written there.
+    """
+    path = Path(output_dir)
+    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (*WEIGHT_SUFFIXES, ".bin", ".npz", ".json"):
+        raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
+    if path.suffix not in WEIGHT_SUFFIXES:
+        path = path / f"{family}.pth"
+    elif path.is_dir():
+        raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
+    check_creatable(path, f"--output_dir {output_dir} cannot be made")
+    return path
 
 
 def check_replaceable(path: Path) -> None:

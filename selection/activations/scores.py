@@ -4,11 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from options import ACTIVATION_RULES
 from selection.activations.scratch import BATCH, Calibration
 from selection.activations.segments import IMAGES, Segments
 from selection.activations.trace import Call, Trace
 from selection.family import Family
 from selection.plan import Axis, Outline
+from selection.rules import check_rule
 from utils import UserError
 
 SCORED_IMAGES = 128  # scores differ little with more, and each costs a pass of the teacher
@@ -29,6 +31,7 @@ def activation_scores(
     by its mean square there; by "coverage", by its turn in a greedy choice of the channels that best explain all of
     them linearly; by "magnitude_energy", by `magnitudes`. So do groups that no layer reads.
     """
+    check_rule("element_selection", rule, ACTIVATION_RULES)
     local = _local_groups(outline, family)
     reads = {
         (key, source.key): source.axes[1]
