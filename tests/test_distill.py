@@ -270,8 +270,8 @@ def test_timms_own_weights_are_the_default(train, tmp_path, monkeypatch):
 
 SHAPE = "embed_dim=48 depth=2 num_heads=3 patch_size=8 img_size=32"
 REFUSED = {
-    "{dir}": "--teacher_path: {dir} has no checkpoint of main.py: wanted checkpoint-best.pth or",
-    "{dir}/none.pth": "--teacher_path: {dir}/none.pth does not exist",
+    "{dir}": "--teacher_path {dir} has no checkpoint of main.py: wanted checkpoint-best.pth or",
+    "{dir}/none.pth": "--teacher_path {dir}/none.pth does not exist",
     "{file}": "--teacher_path {file} is no checkpoint of main.py: name its model with --teacher_model",
     "{file} --teacher_model vit_tinny": "vit_tinny is not a model",
     "{file} --teacher_model vit_tiny": r"--teacher_path {file} .*--teacher_kwargs",

@@ -88,7 +88,7 @@ REFUSED = {
     "{run} --pretrained_kwargs depth=4": "--pretrained_kwargs depth=4, but --pretrained_path .* is a checkpoint of a model with depth=3",
     "{run} --pretrained_kwargs qk_norm=True": "--pretrained_kwargs qk_norm=True, but --pretrained_path .*best.pth has no qk_norm",
     "{run} --model_key ema": "best.pth has no weights under ema",
-    "{run}/..": "--pretrained_path: {run}/.. has no checkpoint of main.py: wanted checkpoint-best.pth or checkpoint-<epoch>.pth",
+    "{run}/..": "--pretrained_path {run}/.. has no checkpoint of main.py: wanted checkpoint-best.pth or checkpoint-<epoch>.pth",
     "{damaged}": "{damaged}: the options or classes in this checkpoint are damaged",
 }
 

@@ -244,7 +244,7 @@ WRONG = r"""
 --pretrained_model vit_small | shape without weights.*--pretrained_path
 --pretrained_path missing.pth | missing.pth does not exist
 --pretrained_path missing.npz | missing.npz does not exist
---pretrained_path tests | --pretrained_path: tests has no checkpoint of main.py: wanted checkpoint-best.pth or
+--pretrained_path tests | --pretrained_path tests has no checkpoint of main.py: wanted checkpoint-best.pth or
 """
 
 

@@ -48,7 +48,7 @@ def find_trained(name: str | None, kwargs: dict, location: str | None, key: str,
     try:
         path, state = _open(Path(location), key)
     except UserError as error:
-        raise UserError(f"{options}_path: {error}") from error
+        raise UserError(f"{options}_path {error}") from error
     if state is None:
         return Trained(name, kwargs, path)
     run = _read_run(path, state, f"{options}_path")
