@@ -213,7 +213,7 @@ def in_two_processes(argv: list, said: Path) -> tuple[list[int], str]:
     return codes, said.read_text()
 
 
-def wait_for(condition, seconds=60) -> None:
+def wait_for(condition, seconds=180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
