@@ -12,7 +12,10 @@ DATA_SETS = (
 )
 LAYER_RULES = ("first", "last", "middle", "uniform")
 ACTIVATION_RULES = ("energy", "coverage", "magnitude_energy")  # element rules that need images
-SCORED_RULES = ("magnitude", *ACTIVATION_RULES)  # element rules that need a score for each index
+# element rules that need a score for each index
+SCORED_RULES = ("magnitude", "magnitude_inconsistent", "l1_inconsistent", *ACTIVATION_RULES)
+# element rules by which each axis of each tensor chooses for itself
+INCONSISTENT_RULES = ("random_inconsistent", "magnitude_inconsistent", "l1_inconsistent")
 ELEMENT_RULES = ("uniform", "consecutive", "random", "random_inconsistent", *SCORED_RULES)
 HEAD_RULES = ("blend", "keep")
 REFIT_TARGETS = ("stream", "outputs")
@@ -195,11 +198,22 @@ def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
     if needs_images(options) and not options.data_path:
         cause = "--refit true" if options.refit else f"--element_selection {options.element_selection}"
         parser.error(f"{cause} needs --data_path: images to run the teacher on")
-    if options.refit and options.element_selection == "random_inconsistent":
-        parser.error(
-            "--refit true needs channels that agree between tensors, not --element_selection random_inconsistent"
-        )
+    problem = _selection_conflict(options)
+    if problem:
+        parser.error(problem)
     return options
+
+
+def _selection_conflict(options: argparse.Namespace) -> str | None:
+    """Return a message about the first contradiction among weight_selection.py's options; None if there is none."""
+    o, rule = options, options.element_selection
+    checks = [
+        (
+            not o.refit or rule not in INCONSISTENT_RULES,
+            f"--refit true needs channels that agree between tensors, not --element_selection {rule}",
+        ),
+    ]
+    return next((message for holds, message in checks if not holds), None)
 
 
 def needs_images(options: argparse.Namespace) -> bool:
@@ -346,11 +360,23 @@ def _selection_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="folder for <family>.pth, or a file ending in .pth, .pt or .safetensors")
 
     _pair_options(parser.add_argument_group("the two models"))
+    _add_choices(parser)
+    _add_refit(parser)
+
+    add = parser.add_argument_group("showing the plan").add_argument
+    add("--plan", action="store_true", help="print the plan as JSON and stop; reads no weights except for the element rules by "
+        "norm, and weights and images for the rules by activation")
+    add("--plot", metavar="FILE.png", help="draw the plan")
+    return parser
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to select").add_argument
     add("--layer_selection", choices=LAYER_RULES, default="first",
         help="which of the teacher's layers, in each stage")
-    add("--element_selection", choices=ELEMENT_RULES, help="which indices of each axis group; random_inconsistent: drawn for each tensor; "
-        "magnitude: those with the largest weights; energy, coverage, magnitude_energy: by activations on the images of "
+    add("--element_selection", choices=ELEMENT_RULES, help="which indices of each axis group; magnitude: those "
+        "with the largest weights; …_inconsistent: each axis of each tensor chooses for itself, at random, by L2 norm "
+        "(magnitude) or by L1 norm (l1); energy, coverage, magnitude_energy: by activations on the images of "
         "--data_path (default: uniform, as in the paper; energy with --refit)")
     add("--heads", choices=HEAD_RULES,
         help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
@@ -358,14 +384,6 @@ def _selection_parser() -> argparse.ArgumentParser:
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules and the choice of images")
     add("--include_head", **BOOLEAN, default=False,
         help="select the classifier too; the numbers of classes must agree")
-
-    _add_refit(parser)
-
-    add = parser.add_argument_group("showing the plan").add_argument
-    add("--plan", action="store_true", help="print the plan as JSON and stop; reads no weights except for "
-        "--element_selection magnitude, and weights and images for the rules by activation")
-    add("--plot", metavar="FILE.png", help="draw the plan")
-    return parser
 
 
 def _add_refit(parser: argparse.ArgumentParser) -> None:

@@ -34,8 +34,6 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
-import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,7 +48,7 @@ from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.pixels import Renormalize, image_channels, mean_and_std
-from options import ACTIVATION_RULES, LEAST_IMAGES, SCORED_RULES, given_in_vain, keyword_text, needs_images
+from options import ACTIVATION_RULES, LEAST_IMAGES, SCORED_RULES, given_in_vain, needs_images
 from selection.activations.scratch import BATCH, Calibration
 from selection.pair import build, count_classes, make_outline, outline_without_heads
 from selection.picture import check_plot, draw
@@ -59,6 +57,7 @@ from selection.refit import Refit
 from selection.rules import Choices
 from selection.running import Running, image_size
 from selection.tensors import magnitudes, select
+from training.command import how_to_train
 from training.trained import Trained, find_trained
 from utils import Stream, UserError, json_lines, permutation, run_script, start_logging
 from weightfiles.initialization import check_replaceable, output_path, write_initialization
@@ -108,7 +107,7 @@ def select_weights(
         raise UserError(f"{teacher.name} is of the family {teacher_family}, {student.name} of the family {family}")
     outline = outline_without_heads(teacher_model, student_model, choices)  # before anything is read or downloaded
     weights, classes = None, 0
-    if not plan_only or choices.element_selection == "magnitude" or on_images:
+    if not plan_only or choices.element_selection in SCORED_RULES:
         weights = read_teacher(teacher, teacher_model, pretrained_path, part)
     if include_head:
         classes = count_classes(weights, teacher_model, teacher.name)
@@ -145,7 +144,7 @@ def _scores(
     """Score the indices of each axis group, if the rule needs it; see `selection.rules.select_indices`."""
     if rule not in SCORED_RULES:
         return None
-    scores = magnitudes(weights, outline)
+    scores = magnitudes(weights, outline, order=1 if rule == "l1_inconsistent" else 2)
     return running.scores(outline, rule, scores) if rule in ACTIVATION_RULES else scores
 
 
@@ -225,27 +224,6 @@ def calibration_images(options: argparse.Namespace, teacher: Trained, student: M
     calibration = Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)
     refit = Refit(options.ridge, options.refit_target, options.refit_layers) if options.refit else None
     return OnImages(calibration, Renormalize((view.mean, view.std), seen), refit)
-
-
-def how_to_train(options: argparse.Namespace, teacher: Trained, student: ModelSpec, path: Path) -> str:
-    """Write the command that trains from the file at `path`, or say why main.py cannot train this student."""
-    kwargs = {name: value for name, value in student.kwargs.items() if name not in ("num_classes", "img_size")}
-    given = options.input_size if needs_images(options) else None
-    height, width = image_size(build(student)[0]) or [given or teacher.input_size or 224] * 2
-    if height != width or kwargs.get("in_chans", 3) not in (1, 3):
-        wants = f"{height} x {width} px and {kwargs.get('in_chans', 3)} channels"
-        return f"main.py trains on square images of 3 channels or 1, but this student takes {wants}"
-    script = Path(__file__).with_name("main.py")
-    words = ["python3", os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
-    words += ["--model", student.name, "--input_size", str(height), "--initialize", str(path)]
-    if kwargs:
-        words += ["--model_kwargs", *(keyword_text(name, value) for name, value in kwargs.items())]
-    imagenet = options.imagenet_default_mean_and_std if needs_images(options) else teacher.imagenet
-    if imagenet is False:
-        words += ["--imagenet_default_mean_and_std", "false"]
-    if options.exif:
-        words += ["--exif", "true"]
-    return f"to train from it, add --data_path to:\n{shlex.join(words)}"
 
 
 def _pair(options: argparse.Namespace) -> tuple[Trained, ModelSpec, str]:

@@ -7,6 +7,7 @@ resampled in selection.positions. The notes say what is not a plain copy of teac
 import re
 from collections.abc import Mapping
 
+from options import INCONSISTENT_RULES
 from selection.axes import AxisGroups, TensorPair, head_rule, heads_are_fixed
 from selection.family import MUST_AGREE, Family, Layout, Refused
 from selection.layers import LayerMap, any_layer
@@ -31,7 +32,7 @@ class _Matching:
         self._check_gates()
         self.heads = head_rule(self.table, choices.heads)
         self.layers = LayerMap(family, teacher.shapes, student.shapes, choices.layer_selection)
-        inconsistent = choices.element_selection == "random_inconsistent"
+        inconsistent = choices.element_selection in INCONSISTENT_RULES
         self.groups = AxisGroups(teacher, student, self.layers, self.table, self.heads, each_for_itself=inconsistent)
         self.folds = self._folds()
         if heads_are_fixed(self.table) and choices.heads is None:

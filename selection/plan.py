@@ -1,7 +1,7 @@
 """The plan as data: which indices of which teacher tensor each student tensor takes.
 
 selection.match makes an outline: each student tensor's teacher tensor, and the axis groups that tie tensors together.
-Here the indices of each group are chosen. Neither reads a weight; the rule "magnitude" needs a score for each index.
+Here the indices of each group are chosen. Neither reads a weight; `options.SCORED_RULES` need a score for each index.
 """
 
 from collections.abc import Mapping

@@ -147,8 +147,8 @@ STEPS = {
 # ---- scores ----
 
 
-def magnitudes(teacher: Mapping[str, Tensor], outline: Outline) -> dict[str, np.ndarray]:
-    """Score each index of each axis group: its L2 norms, summed over all teacher tensors on the group.
+def magnitudes(teacher: Mapping[str, Tensor], outline: Outline, order: int = 2) -> dict[str, np.ndarray]:
+    """Score each index of each axis group: its norms of `order` 1 or 2, summed over all teacher tensors on the group.
 
     Returns group -> float64 [the teacher's size]. A projection is scored with the LayerScale that is folded into it.
     """
@@ -163,11 +163,11 @@ def magnitudes(teacher: Mapping[str, Tensor], outline: Outline) -> dict[str, np.
         axes = [axis or (size,) for axis, size in zip(source.axes, [*tensor.shape, 1, 1], strict=False)]
         names = [factor for axis in axes for factor in axis]
         sizes = [factor if isinstance(factor, int) else outline.sizes[factor][0] for factor in names]
-        squares = tensor.reshape(sizes).square()
+        powers = tensor.reshape(sizes).abs() ** order
         for place, name in enumerate(names):
             if isinstance(name, str):
                 others = [axis for axis in range(len(names)) if axis != place]
-                scores[name] += (squares.sum(others) if others else squares).sqrt().numpy()
-        if not squares.isfinite().all():
+                scores[name] += ((powers.sum(others) if others else powers) ** (1 / order)).numpy()
+        if not powers.isfinite().all():
             raise UserError(f"{source.key} of the teacher holds values that are not finite")
     return scores

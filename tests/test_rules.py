@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SWIN_T, VIT_B, VIT_T, indices_of, layout, plan_of, vit_layout
+from small_models import SWIN_T, VIT_B, VIT_T, indices_of, layout, plan_of, selected, vit_layout
 
 from options import ELEMENT_RULES, LAYER_RULES, SCORED_RULES
 from selection.activations.scores import activation_scores
@@ -167,6 +167,43 @@ def test_magnitude_sums_over_fused_blocks_and_over_heads():
 def test_magnitude_includes_a_folded_layer_scale():
     weights = {"blocks.0.mlp.fc2.weight": torch.tensor([[1.0], [1]]), "blocks.0.ls2.gamma": torch.tensor([3.0, 5])}
     assert scored(weights, {"blocks.0.mlp.fc2.weight": (1, 1)})[1]["stream"].tolist() == [3, 5]
+
+
+@pytest.mark.parametrize(("rule", "rows"), [("l1_inconsistent", [1, 2]), ("magnitude_inconsistent", [0, 1])])
+def test_each_axis_of_each_tensor_chooses_by_its_own_norm(rule, rows):
+    weights = {
+        "blocks.0.mlp.fc1.weight": torch.tensor([[5.0, 0], [4, -4], [-3, 3]]),  # L1: 5, 8, 6; L2: 5, √32, √18
+        "blocks.0.mlp.fc1.bias": torch.tensor([1.0, -7, 2]),
+        "blocks.0.mlp.fc2.weight": torch.tensor(
+            [[0.0, 0, 9], [3, 0, -1]]
+        ),  # L1 and L2: columns 3, 0, over 9; rows 9, under 5
+    }
+    shapes = {"blocks.0.mlp.fc1.weight": (2, 1), "blocks.0.mlp.fc1.bias": (2,), "blocks.0.mlp.fc2.weight": (1, 2)}
+    choices, teacher = Choices(element_selection=rule), {key: tuple(value.shape) for key, value in weights.items()}
+    outline = match(FAMILIES["vit"], vit_layout(teacher)[0], vit_layout(shapes)[0], choices)
+    plan = choose(outline, choices, magnitudes(weights, outline, order=1 if rule.startswith("l1") else 2))
+    kept = {key: indices_of(plan, key) for key in shapes}
+    assert kept["blocks.0.mlp.fc1.weight"] == [rows, [0]] and kept["blocks.0.mlp.fc1.bias"] == [[1, 2]]
+    assert kept["blocks.0.mlp.fc2.weight"] == [[0], [0, 2]]
+    assert select(weights, plan)["blocks.0.mlp.fc2.weight"].tolist() == [[0, 9]]
+
+
+def test_script_ranks_rows_and_columns_of_each_tensor_apart(small_teacher):
+    path, weights = small_teacher
+    for rule, order in (("l1_inconsistent", 1), ("magnitude_inconsistent", 2)):
+        tensors = selected(path, choices=Choices(element_selection=rule))
+        for key, sizes in (("blocks.0.mlp.fc1.weight", (96, 24)), ("blocks.1.norm2.bias", (24,))):
+            expected = weights[key]
+            for axis, size in enumerate(sizes):
+                norms = (
+                    weights[key]
+                    .double()
+                    .transpose(0, axis)
+                    .reshape(len(weights[key].movedim(axis, 0)), -1)
+                    .norm(order, 1)
+                )
+                expected = expected.index_select(axis, norms.topk(size).indices.sort().values)
+            assert torch.equal(tensors[key], expected)
 
 
 def test_random_groups_differ_and_depend_on_name_and_seed_alone():

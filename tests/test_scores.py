@@ -236,6 +236,7 @@ def test_teacher_is_rebuilt_at_the_students_grid(tmp_path, folder):
         ("--refit true", "--refit true needs --data_path: images to run the teacher on"),
         ("--element_selection coverage", "--element_selection coverage needs --data_path"),
         ("--refit true --data_path x --element_selection random_inconsistent", "needs channels that agree"),
+        ("--refit true --data_path x --element_selection l1_inconsistent", "needs channels that agree"),
         ("--refit true --data_path x --ridge -1", "-1 is not at least 0"),
         ("--refit true --data_path x --calibration_images 15", "15 is not at least 16"),
         ("--refit true --data_path x --refit_layers (", "( is not a regular expression"),
