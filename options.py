@@ -18,6 +18,7 @@ SCORED_RULES = ("magnitude", "magnitude_inconsistent", "l1_inconsistent", *ACTIV
 INCONSISTENT_RULES = ("random_inconsistent", "magnitude_inconsistent", "l1_inconsistent")
 ELEMENT_RULES = ("uniform", "consecutive", "random", "random_inconsistent", *SCORED_RULES)
 HEAD_RULES = ("blend", "keep")
+PARTS = ("patch_embed", "tokens", "pos_embed", "attention", "conv", "mlp", "norm", "downsample", "head")  # of models
 REFIT_TARGETS = ("stream", "outputs")
 LEAST_IMAGES = 16
 SELECTION_FAMILIES = ("vit", "convnext", "eva", "swin", "mixer", "resnet")
@@ -206,11 +207,15 @@ def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _selection_conflict(options: argparse.Namespace) -> str | None:
     """Return a message about the first contradiction among weight_selection.py's options; None if there is none."""
-    o, rule = options, options.element_selection
+    o, rule, take = options, options.element_selection, options.take or ()
     checks = [
         (
             not o.refit or rule not in INCONSISTENT_RULES,
             f"--refit true needs channels that agree between tensors, not --element_selection {rule}",
+        ),
+        (
+            not (o.refit and take),
+            "--refit true fits the whole student, of which --take leaves out parts: give one of them",
         ),
     ]
     return next((message for holds, message in checks if not holds), None)
@@ -382,6 +387,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
         "blend, as in the paper; keep with --refit or if heads cannot be mixed)")
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules and the choice of images")
+    add("--take", choices=PARTS, nargs="+", action="extend", metavar="PART",
+        help=f"take only these parts of the student and leave the rest to random init: {', '.join(PARTS)} (default: all "
+        "but head)")
     add("--include_head", **BOOLEAN, default=False,
         help="select the classifier too; the numbers of classes must agree")
 

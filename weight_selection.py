@@ -48,9 +48,9 @@ from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.pixels import Renormalize, image_channels, mean_and_std
-from options import ACTIVATION_RULES, LEAST_IMAGES, SCORED_RULES, given_in_vain, needs_images
+from options import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images
 from selection.activations.scratch import BATCH, Calibration
-from selection.pair import build, count_classes, make_outline, outline_without_heads
+from selection.pair import build, build_pair, count_classes, make_outline, outline_without_heads, take_parts
 from selection.picture import check_plot, draw
 from selection.plan import Outline, choose
 from selection.refit import Refit
@@ -101,14 +101,12 @@ def select_weights(
 
     Raises UserError if the pair does not fit or the weights are not this teacher's.
     """
-    student_model, family = build(student)
-    teacher_model, teacher_family = build(teacher)
-    if teacher_family != family:
-        raise UserError(f"{teacher.name} is of the family {teacher_family}, {student.name} of the family {family}")
+    teacher_model, student_model, family = build_pair(teacher, student)
     outline = outline_without_heads(teacher_model, student_model, choices)  # before anything is read or downloaded
     weights, classes = None, 0
     if not plan_only or choices.element_selection in SCORED_RULES:
         weights = read_teacher(teacher, teacher_model, pretrained_path, part)
+    include_head = include_head or "head" in (choices.take or ())
     if include_head:
         classes = count_classes(weights, teacher_model, teacher.name)
         student = replace(student, kwargs={"num_classes": classes, **student.kwargs})
@@ -118,7 +116,8 @@ def select_weights(
     if on_images:
         seen = on_images.images, classes, on_images.to_teacher
         running = Running(teacher, teacher_model, student_model, weights, *seen)
-    plan = choose(outline, choices, _scores(outline, choices.element_selection, weights, running))
+    whole = choose(outline, choices, _scores(outline, choices.element_selection, weights, running))
+    plan, left_out = take_parts(whole, choices.take, family)
     tensors = {} if plan_only else select(weights, plan)
     check_finite(tensors, pretrained_path or teacher.name)
     about = {"calibration": running.about} if running else {}
@@ -132,6 +131,7 @@ def select_weights(
         "student": _described(student),
         "teacher": _described(teacher) | {"file": pretrained_path},
         "choices": asdict(choices) | {"heads": plan.heads, "include_head": include_head},
+        "left_out": left_out,
         "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
         **about,
         "plan": plan.as_json(),
@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         check_replaceable(path)
     rule = options.element_selection or ("energy" if options.refit else "uniform")
     heads = options.heads or ("keep" if options.refit else None)
+    take = options.take and tuple(part for part in PARTS if part in options.take)
     on_images = None
     if options.refit:
         log.info("--refit: --element_selection %s and --heads %s", rule, heads)
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         student,
         pretrained_path=teacher.path and str(teacher.path),
         part=Part(options.model_key, options.model_prefix),
-        choices=Choices(options.layer_selection, rule, heads, options.seed),
+        choices=Choices(options.layer_selection, rule, heads, options.seed, take),
         include_head=options.include_head,
         plan_only=options.plan,
         on_images=on_images,
@@ -251,7 +252,10 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
     for note, count in description["plan"]["notes"].items():
         log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
     chosen = [group for kind in ("layers", "groups") for group in description["plan"][kind].values()]
-    if all(len(group["indices"]) == group["teacher_size"] for group in chosen):
+    left_out = description["left_out"]
+    if left_out:
+        log.info("--take: %d tensors of other parts are left out, for random init", len(left_out))
+    if not left_out and all(len(group["indices"]) == group["teacher_size"] for group in chosen):
         teacher, student = (description[role]["model"] for role in ("teacher", "student"))
         log.warning(
             "nothing is smaller in the student, %s, than in the teacher, %s: all of it is taken", student, teacher

@@ -33,6 +33,7 @@ class Family:
     """
 
     axes: Callable[[Shapes], Mapping[str, str]]
+    parts: Mapping[str, str]  # patterns of tensor names -> the part they belong to, of options.PARTS
     layers: str  # how a layer's names begin: group 1 is its stage, group 2 its number in the stage
     first_stays: bool = False  # the first layer of a stage is of a kind of its own: it downsamples
     turns: int = 1  # how many kinds of layer take turns within a stage (plain and shifted windows)
@@ -52,6 +53,10 @@ class Family:
             if match:
                 return tuple(match.expand(template).split())
         return None
+
+    def part_of(self, key: str) -> str | None:
+        """Name the part that tensor `key` belongs to; None for a name that the family does not know."""
+        return self.find(self.parts, key)[0]
 
     def block_of(self, name: str) -> str:
         """Return the beginning of a name that says its block, such as "blocks.3."; "" outside of blocks."""

@@ -26,7 +26,7 @@ class _Matching:
 
     def __init__(self, family: Family, teacher: Layout, student: Layout, choices: Choices) -> None:
         self.family, self.teacher, self.student, self.choices = family, teacher, student, choices
-        self.notes: dict[str, int] = {}
+        self.notes: dict[str, set[str]] = {}
         self.table = family.axes(student.shapes)
         self._check_kinds()
         self._check_gates()
@@ -44,13 +44,14 @@ class _Matching:
         self._check_leftovers(sources)
         return Outline(sources, self.groups.sizes, self.layers.stages, self.heads, self.notes)
 
-    def _note(self, text: str) -> None:
-        self.notes[text] = self.notes.get(text, 0) + 1
+    def _note(self, text: str, *keys: str) -> None:
+        """Note what is not a plain copy: of these student tensors, or of the whole pair."""
+        self.notes.setdefault(text, set()).update(keys)
 
-    def _noted(self, steps_and_notes: StepsAndNotes) -> list[tuple]:
+    def _noted(self, key: str, steps_and_notes: StepsAndNotes) -> list[tuple]:
         steps, notes = steps_and_notes
         for note in notes:
-            self._note(note)
+            self._note(note, key)
         return steps
 
     # ---- do both compute the same kind of function? ----
@@ -101,8 +102,8 @@ class _Matching:
             raise Refused("unknown tensor", f"{key} is not a tensor that this family knows how to cut")
         words = [*words, *["-"] * len(pair.student)][: len(pair.student)]  # axes without a word are kept whole
         axes = tuple(self.groups.axis(pair, number, word) for number, word in enumerate(words))
-        steps += self._noted(size_steps(pair, words, teacher_key, self.teacher, self.student))
-        steps += self._noted(merged_row_steps(teacher_key, self.teacher, self.student))
+        steps += self._noted(key, size_steps(pair, words, teacher_key, self.teacher, self.student))
+        steps += self._noted(key, merged_row_steps(teacher_key, self.teacher, self.student))
         return Source(teacher_key, axes, tuple(steps))
 
     def _counterpart(self, key: str) -> str | None:
@@ -114,10 +115,10 @@ class _Matching:
             for own, other in (pair, pair[::-1]):
                 renamed = other + name.removeprefix(own)
                 if name.startswith(own) and renamed in self.teacher.shapes and renamed not in self.student.shapes:
-                    self._note(f"{key} from the teacher's {renamed}")
+                    self._note(f"{key} from the teacher's {renamed}", key)
                     return renamed
         if key == "dist_token" and "cls_token" in self.teacher.shapes:
-            self._note("dist_token from the teacher's cls_token")
+            self._note("dist_token from the teacher's cls_token", key)
             return "cls_token"
         return None
 
@@ -127,10 +128,10 @@ class _Matching:
         if value is None and key.endswith(".bias") and self._counterpart(f"{key[:-4]}weight"):
             value = 0.0
         if value is not None:
-            self._note(f"{any_layer(key)} begins at {value:g}, which changes nothing: the teacher has none")
+            self._note(f"{any_layer(key)} begins at {value:g}, which changes nothing: the teacher has none", key)
             return Source(None, (), (("fill", value, list(shape)),))
         if key in TOKENS:
-            self._note(f"{key} begins as noise of 1e-6: the teacher has none")
+            self._note(f"{key} begins as noise of 1e-6: the teacher has none", key)
             return Source(None, (), (("noise", 1e-6, list(shape), self.choices.seed, key),))
         missing = self.layers.in_teacher(key)
         raise Refused(
@@ -151,7 +152,7 @@ class _Matching:
         scale = self.folds.get(key.rpartition(".")[0])
         if scale is None:
             return []
-        self._note(f"LayerScale folded into {any_layer(key)}")
+        self._note(f"LayerScale folded into {any_layer(key)}", key)
         return [("times", scale)]
 
     def _check_leftovers(self, sources: Mapping[str, Source]) -> None:

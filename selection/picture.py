@@ -113,6 +113,7 @@ def headline(description: Mapping) -> tuple[str, str]:
     parts = [f"layers: {choices['layer_selection']}", f"elements: {rule}{seed}"]
     parts += [f"heads: {choices['heads']}"] * (choices["heads"] is not None)
     parts += [f"classifier: {'taken' if choices['include_head'] else 'left out'}"]
+    parts += [f"only {', '.join(choices['take'])}"] if choices["take"] else []
     return " from ".join(names), " · ".join(parts)
 
 

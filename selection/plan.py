@@ -4,7 +4,7 @@ selection.match makes an outline: each student tensor's teacher tensor, and the 
 Here the indices of each group are chosen. Neither reads a weight; `options.SCORED_RULES` need a score for each index.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -44,7 +44,7 @@ class Outline:
     sizes: dict[str, tuple[int, int]]
     layers: dict[str, Group]
     heads: str | None  # "blend" or "keep"; None for models without heads
-    notes: dict[str, int]  # what is not a plain copy -> to how many tensors it applies
+    notes: dict[str, set[str]]  # what is not a plain copy -> the student tensors it is about; none: the pair
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,19 @@ class Plan:
     sources: dict[str, Source]
     layers: dict[str, Group]
     heads: str | None
-    notes: dict[str, int]
+    notes: dict[str, set[str]]
+
+    def without(self, keys: Iterable[str]) -> "Plan":
+        """Leave out these student tensors, with the groups and notes that are about no other."""
+        gone = set(keys)
+        sources = {key: source for key, source in self.sources.items() if key not in gone}
+        used = {factor for source in sources.values() for axis in source.axes for factor in axis or ()}
+        return replace(
+            self,
+            sources=sources,
+            groups={name: group for name, group in self.groups.items() if name in used},
+            notes={note: about for note, about in self.notes.items() if not about or about & sources.keys()},
+        )
 
     def axis_indices(self, axis: tuple[str | int, ...]) -> np.ndarray:
         """Return the teacher's indices along an axis of these factors, ascending; int64 [the student's size]."""
@@ -83,7 +95,8 @@ class Plan:
             tensors[key] = {"from": source.key, "axes": axes}
             if source.steps:
                 tensors[key]["steps"] = [list(step) for step in source.steps]
-        return {"layers": layers, "notes": self.notes, "groups": groups, "tensors": tensors}
+        notes = {note: max(1, len(about & self.sources.keys())) for note, about in self.notes.items()}
+        return {"layers": layers, "notes": notes, "groups": groups, "tensors": tensors}
 
 
 def choose(outline: Outline, choices: Choices, scores: Mapping[str, np.ndarray] | None = None) -> Plan:

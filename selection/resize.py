@@ -1,7 +1,7 @@
 """Bring a model's weights to another size of images, patches or windows, or to other channels, as a selection does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -33,11 +33,13 @@ def _words(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, t
     return {key: each for key, each in words.items() if CHANGED & set(each)}
 
 
-def resized(tensors: Mapping[str, Tensor], model: nn.Module, image_size: object) -> tuple[dict[str, Tensor], list[str]]:
+def resized(
+    tensors: Mapping[str, Tensor], model: nn.Module, image_size: object, left_out: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Resample what follows the images in the weights of a model like `model`; return all, and what was changed.
 
     `image_size` is what the weights' own model was built with, if that is known; else its images count as square. What
-    differs in any other way stays as it is.
+    differs in any other way stays as it is. The keys `left_out` of the weights count as fitting.
     """
     result, notes = dict(tensors), []
     name = models.family_of(model)
@@ -45,12 +47,13 @@ def resized(tensors: Mapping[str, Tensor], model: nn.Module, image_size: object)
         return result, notes
     family = FAMILIES[name]
     own = Layout.of(model, family)
-    words, shapes = _words(family, own.shapes), shapes_of(tensors)
+    words = _words(family, own.shapes)
+    shapes = {key: shape for key, shape in own.shapes.items() if key in left_out} | shapes_of(tensors)
     pairs = {key: TensorPair(key, shapes[key], own.shapes[key]) for key in words if key in shapes}
     pairs = {key: pair for key, pair in pairs.items() if _can_change(pair, words[key])}
     theirs = replace(own, shapes=shapes, grid=_grid(pairs, shapes, own, image_size), windows=_windows(pairs, own))
     for key, pair in pairs.items():
-        if _is_known(pair, theirs):
+        if key in tensors and _is_known(pair, theirs):
             steps, more = size_steps(pair, words[key], key, theirs, own)
             result[key] = carry_out(steps, tensors[key], tensors, [])
             notes += more

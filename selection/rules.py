@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from options import ELEMENT_RULES, HEAD_RULES, LAYER_RULES, SCORED_RULES
+from options import ELEMENT_RULES, HEAD_RULES, LAYER_RULES, PARTS, SCORED_RULES
 from utils import Stream, hint, permutation
 
 
@@ -19,22 +19,26 @@ def check_rule(kind: str, rule: str | None, known: tuple[str | None, ...]) -> No
 
 @dataclass(frozen=True)
 class Choices:
-    """How to choose: a rule for layers, a rule for indices, whether heads stay whole, and a seed for the random rules.
+    """What to take, and how: rules for layers and for indices, whether heads stay whole, a seed for the random rules.
 
     The defaults are the paper's. `heads` "blend" builds a student's head from channels of several teacher heads; "keep"
-    takes whole heads; None is "blend" if channels of different heads can be mixed, else "keep". Raises ValueError for a
-    rule that is not in the tables of `options`.
+    takes whole heads; None is "blend" if channels of different heads can be mixed, else "keep". `take` names the parts
+    of the student that are taken, None all of them. Raises ValueError for a rule or part that is not in the tables of
+    `options`.
     """
 
     layer_selection: str = "first"
     element_selection: str = "uniform"
     heads: str | None = None
     seed: int = 0
+    take: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_rule("layer_selection", self.layer_selection, LAYER_RULES)
         check_rule("element_selection", self.element_selection, ELEMENT_RULES)
         check_rule("heads", self.heads, (*HEAD_RULES, None))
+        for part in self.take or ():
+            check_rule("take", part, PARTS)
 
 
 def evenly_spaced(source: int, target: int) -> list[int]:

@@ -176,11 +176,14 @@ def test_other_selections_run(words, tmp_path, monkeypatch):
     write_zeros(teacher, tmp_path / "teacher.safetensors")
     places = {"/path/to/weight_selection": tmp_path / "out", "/path/to/vit_base": tmp_path / "teacher"}
     written = weight_selection.main(placed(words, places))
-    student = json.loads(written.with_suffix(".json").read_text())["student"]
+    description = json.loads(written.with_suffix(".json").read_text())
+    student, left_out = description["student"], description["left_out"]
     model = models.create(student["model"], student["kwargs"], device="meta")
     shapes = {key: value.shape for key, value in torch.load(written, weights_only=True).items()}
     head = models.head_prefixes(model)
-    assert shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith(head)}
+    expected = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(head)}
+    assert bool(left_out) == ("--take" in words)
+    assert shapes == {key: shape for key, shape in expected.items() if key not in left_out}
 
 
 def test_pages_have_a_selection_for_every_family():

@@ -11,9 +11,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from models.fit import check_fit, inherit
+from models.fit import check_fit
 from options import FREE_ON_RESUME, training_defaults
-from selection.resize import follow_images, resized
 from training import distributed
 from training.checkpoint import (
     BEST_CHECKPOINTS,
@@ -25,10 +24,9 @@ from training.checkpoint import (
     position_of,
     read_checkpoint,
 )
+from training.inherited import load_initialization
 from utils import UserError, write_atomically
 from weightfiles.hub import fetch
-from weightfiles.initialization import read_initialization
-from weightfiles.search import Part
 
 log = logging.getLogger(__name__)
 
@@ -272,21 +270,3 @@ def load_weights(path: Path, saved: dict, model: nn.Module, ema: nn.Module | Non
                 raise UserError(f"{path} has no moving average of the weights: leave out --model_ema")
             check_fit(saved[key], module, f"{path} does not fit --model")
             module.load_state_dict(saved[key])
-
-
-def load_initialization(path: Path, model: nn.Module, options: argparse.Namespace) -> dict:
-    """Copy the weights of `--initialize` into the model; return where they come from. UserError if they do not fit.
-
-    Weights for other images or patches are resampled, as a selection does.
-    """
-    part = Part(options.model_key, options.model_prefix)
-    tensors, source = read_initialization(str(path), model, options.model, part, follow_images(model))
-    option = f"--initialize {source['path']}"
-    kwargs = source["student"].get("kwargs") if isinstance(source["student"], dict) else None
-    tensors, notes = resized(tensors, model, kwargs.get("img_size") if isinstance(kwargs, dict) else None)
-    other_head = inherit(model, tensors, f"{option} does not fit --model {options.model}")
-    for note in notes:
-        log.info("%s: %s", option, note)
-    if other_head:
-        log.info("%s: %s is for other classes; the head starts from random values", option, ", ".join(other_head))
-    return source

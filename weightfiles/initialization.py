@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from models import family_of
 from utils import UserError, check_creatable, json_lines, write_together
 from weightfiles.lazy import FOLDER_FILES, find_file, open_file, sha256_of
-from weightfiles.read import WEIGHT_SUFFIXES, check_finite
+from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
 from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
@@ -50,10 +51,13 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
     """Write the weights to `path` and `description` to the `.json` beside it; return the weights' sha256.
 
     If one cannot be written, both stay as they were. A crash between the two renames leaves a pair that readers refuse
-    and that a second call may replace.
+    and that a second call may replace. `left_out` in the description lists the keys that are left to random init; a
+    `.safetensors` file holds that list too.
     """
     if path.suffix == ".safetensors":
-        weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
+        left_out = description.get("left_out")
+        metadata = {"format": "pt"} | ({"left_out": json.dumps(left_out)} if left_out else {})
+        weights = safetensors.torch.save(dict(tensors), metadata=metadata)
     else:
         buffer = io.BytesIO()
         torch.save(dict(tensors), buffer)
@@ -99,8 +103,10 @@ def read_initialization(
 ) -> tuple[dict[str, Tensor], dict]:
     """Read the model's weights from what `--initialize` names, and their origin: path, sha256, and more from the `.json`.
 
-    `name` is that of --model. Tensors `of_any_size` may have another shape than the model's. Raises UserError if the file is made for a model of another family, does not fit, does
-    not match its `.json`, or holds values that are not finite.
+    `name` is that of --model. Tensors `of_any_size` may have another shape than the model's. The origin's `left_out` lists
+    the keys that may be missing: those that the `.json` names, or else the safetensors metadata. Raises UserError if the
+    file is made for a model of another family, does not fit, does not match its `.json`, or holds values that are not
+    finite.
     """
     family = family_of(model)
     path = find_initialization(location, family)
@@ -112,15 +118,33 @@ def read_initialization(
     if known["family"] not in (None, family):
         student = known["student"] if isinstance(known["student"], dict) else {}
         raise UserError(f"{option} was made for {student.get('model', known['family'])}, but --model is {name}")
-    wanted = Wanted(model, name, option, "--model_kwargs", of_any_size=of_any_size)
-    reading = find(path, open_file(path), wanted, part)
+    weights = open_file(path)
+    left_out = _left_out(path, description)
+    wanted = Wanted(model, name, option, "--model_kwargs", of_any_size=of_any_size, left_out=frozenset(left_out))
+    reading = find(path, weights, wanted, part)
     tensors = dict(reading.weights)
     check_finite(tensors, option)
     sha256 = sha256_of(path)
     if description and description.get("sha256") != sha256:
         raise UserError(f"{option} is not the file that {path.stem}.json describes (sha256 differs): make it again")
     log_reading(reading, wanted, path)
-    return tensors, {"path": str(path), "sha256": sha256, **known}
+    return tensors, {"path": str(path), "sha256": sha256, **known, "left_out": left_out}
+
+
+def _left_out(path: Path, description: Mapping) -> list[str]:
+    """Return the keys that are left out of a file on purpose, by its `.json` or else by its safetensors metadata."""
+    where, left_out = f"{path.stem}.json", description.get("left_out", [])
+    if not description and not path.name.endswith(".json") and format_of(path) == "safetensors":
+        where = "its metadata"
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("left_out", "[]")
+        try:
+            left_out = json.loads(text)
+        except (ValueError, RecursionError):
+            left_out = None
+    if not (isinstance(left_out, list) and all(isinstance(key, str) for key in left_out)):
+        raise UserError(f"--initialize {path}: {where} holds what weight_selection.py does not write: make it again")
+    return left_out
 
 
 def _is_plain(value: object, depth: int = 8) -> bool:

@@ -61,6 +61,7 @@ class Wanted:
     kwargs: str = "--pretrained_kwargs"  # the option of the constructor's arguments
     pick: str = "--model_prefix"  # the option that picks one of several models in a file
     of_any_size: frozenset[str] = frozenset()  # tensors that the caller brings to the model's size
+    left_out: frozenset[str] = frozenset()  # tensors that the file may lack, because it says so
 
     @cached_property
     def own(self) -> dict[str, tuple[int, ...]]:
@@ -69,9 +70,9 @@ class Wanted:
 
     @cached_property
     def needed(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that a file must have: all but the head's, which may be missing or of other classes."""
+        """The shapes that a file must have: all but those left out, and the head's, which may be of other classes."""
         head = models.head_prefixes(self.model)
-        return {key: shape for key, shape in self.own.items() if not key.startswith(head)}
+        return {key: shape for key, shape in self.own.items() if not (key.startswith(head) or key in self.left_out)}
 
     def has_beside(self, key: str) -> bool:
         """Tell whether a key that the model lacks lies beside it, so that the model computes the same without it."""
@@ -173,7 +174,7 @@ def _under_timms_names(section: Weights, wanted: Wanted) -> list[Reading]:
             if (end := ".".join(names[-count:])) in wanted.needed:
                 found[key.removesuffix(end)] += 1
     alike = [prefix for prefix, count in found.items() if count > RESEMBLING * len(wanted.needed)]
-    most = [prefix for prefix, _ in found.most_common(1)]
+    most = [prefix for prefix, _ in found.most_common(1)] or [""] * (not wanted.needed)
     return [Reading(section.under(prefix), prefix, TIMM, _outside(section, prefix)) for prefix in alike or most]
 
 

@@ -33,8 +33,18 @@ def axes(shapes: Shapes) -> dict[str, str]:
     }
 
 
+PARTS = {
+    r"stem\..+": "patch_embed",
+    r"stages\.\d+\.downsample\..+": "downsample",
+    r"stages\.\d+\.blocks\.\d+\.conv_dw\..+": "conv",
+    r"stages\.\d+\.blocks\.\d+\.(gamma|mlp\..+)": "mlp",
+    r"(stages\.\d+\.blocks\.\d+\.norm|norm_pre)\..+": "norm",
+    r"head\..+": "head",
+}
+
 FAMILY = Family(
     axes=axes,
+    parts=PARTS,
     layers=r"(stages\.\d+\.blocks)\.(\d+)\.",
     scales={r"(.+)\.gamma": r"\1.mlp.fc2"},
     neutral={r".+\.gamma": 1.0, r".+\.mlp\.grn\.(weight|bias)": 0.0},

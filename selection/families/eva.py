@@ -21,8 +21,11 @@ def axes(shapes: Shapes) -> dict[str, str]:
     }
 
 
+PARTS = vit.PARTS | {r"blocks\.\d+\.gamma_1": "attention", r"blocks\.\d+\.gamma_2": "mlp"}
+
 FAMILY = Family(
     axes=axes,
+    parts=PARTS,
     layers=r"(blocks)\.(\d+)\.",
     scales={r"(.+)\.gamma_1": r"\1.attn.proj", r"(.+)\.gamma_2": r"\1.mlp.fc2"},
     neutral={r".+\.gamma_[12]": 1.0, r".+\.attn\.[qv]_bias": 0.0},

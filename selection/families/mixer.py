@@ -25,4 +25,11 @@ def axes(shapes: Shapes) -> dict[str, str]:
     }
 
 
-FAMILY = Family(axes=axes, layers=r"(blocks)\.(\d+)\.")
+PARTS = {
+    r"stem\..+": "patch_embed",
+    r"blocks\.\d+\.mlp_(tokens|channels)\..+": "mlp",
+    r"(blocks\.\d+\.norm[12]|norm)\..+": "norm",
+    r"head\..+": "head",
+}
+
+FAMILY = Family(axes=axes, parts=PARTS, layers=r"(blocks)\.(\d+)\.")

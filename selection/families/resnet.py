@@ -55,4 +55,12 @@ def axes(shapes: Shapes) -> dict[str, str]:
     }
 
 
-FAMILY = Family(axes=axes, layers=r"(layer\d)\.(\d+)\.", first_stays=True)
+PARTS = {
+    r"(conv1|bn1|maxpool)\..+": "patch_embed",
+    r"layer\d\.\d+\.(conv\d|se)\..+": "conv",
+    r"layer\d\.\d+\.bn\d\..+": "norm",
+    r"layer\d\.0\.downsample\..+": "downsample",
+    r"fc\..+": "head",
+}
+
+FAMILY = Family(axes=axes, parts=PARTS, layers=r"(layer\d)\.(\d+)\.", first_stays=True)

@@ -26,4 +26,14 @@ def axes(shapes: Shapes) -> dict[str, str]:
     }
 
 
-FAMILY = Family(axes=axes, layers=r"(layers\.\d+\.blocks)\.(\d+)\.", turns=2)
+PARTS = {
+    r"patch_embed\..+": "patch_embed",
+    r".+\.relative_position_bias_table": "pos_embed",
+    r"layers\.\d+\.blocks\.\d+\.attn\.(qkv|proj)\..+": "attention",
+    r"layers\.\d+\.blocks\.\d+\.mlp\..+": "mlp",
+    r"(layers\.\d+\.blocks\.\d+\.norm[12]|norm)\..+": "norm",
+    r"layers\.\d+\.downsample\..+": "downsample",
+    r"head\..+": "head",
+}
+
+FAMILY = Family(axes=axes, parts=PARTS, layers=r"(layers\.\d+\.blocks)\.(\d+)\.", turns=2)

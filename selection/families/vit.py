@@ -50,8 +50,23 @@ def axes(shapes: Shapes, within_head: str = r"\1.slots") -> dict[str, str]:
     }
 
 
+PARTS = {
+    r"patch_embed\..+": "patch_embed",
+    r"(cls|dist|reg)_token": "tokens",
+    r"pos_embed": "pos_embed",
+    r"blocks\.\d+\.(attns\.\d+\.)?attn\..+": "attention",
+    r"blocks\.\d+\.(ls1|attns\.\d+\.ls)\.gamma": "attention",
+    r"attn_pool\..+": "attention",
+    r"blocks\.\d+\.(ffns\.\d+\.)?mlp\..+": "mlp",
+    r"blocks\.\d+\.(ls2|ffns\.\d+\.ls)\.gamma": "mlp",
+    r"blocks\.\d+\.((attns|ffns)\.\d+\.)?norm\d?\..+": "norm",
+    r"(norm|norm_pre|fc_norm)\..+": "norm",
+    r"(head|head_dist)\..+": "head",
+}
+
 FAMILY = Family(
     axes=axes,
+    parts=PARTS,
     layers=r"(blocks)\.(\d+)\.",
     scales=LAYER_SCALES,
     neutral={r".+\.ls\d?\.gamma": 1.0},
