@@ -134,6 +134,14 @@ def expression(text: str) -> str:
     return text
 
 
+def gain(text: str) -> float:
+    """Parse a power from -10 to 10, or `width`: 0.5, which keeps the variance of what independent inputs add up to."""
+    try:
+        return 0.5 if text == "width" else number(float, -10, 10)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither width nor a number from -10 to 10") from None
+
+
 def _keywords(group, name: str, help: str) -> None:
     group.add_argument(name, type=keyword, action=Keywords, nargs="+", default={}, metavar="NAME=VALUE", help=help)
 
@@ -390,6 +398,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--take", choices=PARTS, nargs="+", action="extend", metavar="PART",
         help=f"take only these parts of the student and leave the rest to random init: {', '.join(PARTS)} (default: all "
         "but head)")
+    add("--gain", type=gain, default=0.0, metavar="width|NUMBER",
+        help="multiply the weight of each dense layer and convolution by (teacher's inputs / student's inputs) to the power "
+        "NUMBER; width: 0.5; 0: leave them")
     add("--include_head", **BOOLEAN, default=False,
         help="select the classifier too; the numbers of classes must agree")
 

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         student,
         pretrained_path=teacher.path and str(teacher.path),
         part=Part(options.model_key, options.model_prefix),
-        choices=Choices(options.layer_selection, rule, heads, options.seed, take),
+        choices=Choices(options.layer_selection, rule, heads, options.seed, take, options.gain),
         include_head=options.include_head,
         plan_only=options.plan,
         on_images=on_images,

@@ -114,6 +114,7 @@ def headline(description: Mapping) -> tuple[str, str]:
     parts += [f"heads: {choices['heads']}"] * (choices["heads"] is not None)
     parts += [f"classifier: {'taken' if choices['include_head'] else 'left out'}"]
     parts += [f"only {', '.join(choices['take'])}"] if choices["take"] else []
+    parts += [f"gain: {choices['gain']:g}"] if choices["gain"] else []
     return " from ".join(names), " · ".join(parts)
 
 

@@ -4,6 +4,7 @@ selection.match makes an outline: each student tensor's teacher tensor, and the 
 Here the indices of each group are chosen. Neither reads a weight; `options.SCORED_RULES` need a score for each index.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,7 +101,7 @@ class Plan:
 
 
 def choose(outline: Outline, choices: Choices, scores: Mapping[str, np.ndarray] | None = None) -> Plan:
-    """Choose the indices of each group; `scores` are those of `selection.tensors.magnitudes`."""
+    """Choose the indices of each group, and the gains; `scores` are those of `selection.tensors.magnitudes`."""
     groups = {}
     for name, (size, target) in outline.sizes.items():
         score = None if scores is None else scores[name]
@@ -111,7 +112,21 @@ def choose(outline: Outline, choices: Choices, scores: Mapping[str, np.ndarray] 
         # a register that is kept keeps its row of the position embedding
         steps = tuple(_with_registers(step, groups["registers"].kept) for step in sources["pos_embed"].steps)
         sources["pos_embed"] = replace(sources["pos_embed"], steps=steps)
+    if choices.gain:
+        sources = {key: _with_gain(key, source, groups, choices.gain) for key, source in sources.items()}
     return Plan(groups, sources, outline.layers, outline.heads, outline.notes)
+
+
+def _with_gain(key: str, source: Source, groups: Mapping[str, Group], power: float) -> Source:
+    """Multiply the weight of a dense layer or a convolution by (teacher's inputs / student's inputs) ** `power`.
+
+    Its second axis is its inputs. Nothing else has that axis and such a name: embeddings and tokens are no `.weight`,
+    norms have one axis, and a depthwise filter's second axis is kept whole.
+    """
+    inputs = source.axes[1] if key.endswith(".weight") and len(source.axes) > 1 else None
+    chosen = [groups[factor] for factor in inputs or () if isinstance(factor, str)]
+    ratio = math.prod(group.size for group in chosen) / math.prod(len(group.kept) for group in chosen)
+    return source if ratio == 1 else replace(source, steps=(*source.steps, ("gain", ratio**power)))
 
 
 def _with_registers(step: tuple, kept: list[int]) -> tuple:

@@ -23,8 +23,8 @@ class Choices:
 
     The defaults are the paper's. `heads` "blend" builds a student's head from channels of several teacher heads; "keep"
     takes whole heads; None is "blend" if channels of different heads can be mixed, else "keep". `take` names the parts
-    of the student that are taken, None all of them. Raises ValueError for a rule or part that is not in the tables of
-    `options`.
+    of the student that are taken, None all of them. `gain` is the power of (teacher's inputs / student's inputs) by which
+    weights are multiplied. Raises ValueError for a rule or part that is not in the tables of `options`.
     """
 
     layer_selection: str = "first"
@@ -32,6 +32,7 @@ class Choices:
     heads: str | None = None
     seed: int = 0
     take: tuple[str, ...] | None = None
+    gain: float = 0.0
 
     def __post_init__(self) -> None:
         check_rule("layer_selection", self.layer_selection, LAYER_RULES)

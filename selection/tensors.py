@@ -119,6 +119,10 @@ def _reshape(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, shape
     return tensor.reshape(shape)
 
 
+def _gain(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, factor: float) -> Tensor:
+    return tensor * factor
+
+
 def _fill(tensor: Tensor, teacher: Mapping[str, Tensor], indices: list, value: float, shape: list) -> Tensor:
     return torch.full(shape, value)
 
@@ -139,6 +143,7 @@ STEPS = {
     "window": _window,
     "channels": _channels,
     "reshape": _reshape,
+    "gain": _gain,
     "fill": _fill,
     "noise": _noise,
 }
