@@ -216,6 +216,7 @@ def selection_options(argv: list[str] | None = None) -> argparse.Namespace:
 def _selection_conflict(options: argparse.Namespace) -> str | None:
     """Return a message about the first contradiction among weight_selection.py's options; None if there is none."""
     o, rule, take = options, options.element_selection, options.take or ()
+    classes = o.student_kwargs.get("num_classes", o.new_head)
     checks = [
         (
             not o.refit or rule not in INCONSISTENT_RULES,
@@ -224,6 +225,18 @@ def _selection_conflict(options: argparse.Namespace) -> str | None:
         (
             not (o.refit and take),
             "--refit true fits the whole student, of which --take leaves out parts: give one of them",
+        ),
+        (
+            not (o.new_head and o.include_head),
+            f"--new_head {o.new_head} is a head without the teacher's weights: leave out --include_head",
+        ),
+        (
+            not (o.new_head and "head" in take),
+            f"--new_head {o.new_head} is a head without the teacher's weights: leave head out of --take",
+        ),
+        (
+            not o.new_head or classes == o.new_head,
+            f"--new_head {o.new_head} is not the num_classes={classes} of --student_kwargs",
         ),
     ]
     return next((message for holds, message in checks if not holds), None)
@@ -394,7 +407,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--heads", choices=HEAD_RULES,
         help="a student's head takes channels from several of the teacher's heads, or one whole head (default: "
         "blend, as in the paper; keep with --refit or if heads cannot be mixed)")
-    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules and the choice of images")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="for the random rules, the choice of images and the "
+        "new head")
     add("--take", choices=PARTS, nargs="+", action="extend", metavar="PART",
         help=f"take only these parts of the student and leave the rest to random init: {', '.join(PARTS)} (default: all "
         "but head)")
@@ -403,6 +417,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         "NUMBER; width: 0.5; 0: leave them")
     add("--include_head", **BOOLEAN, default=False,
         help="select the classifier too; the numbers of classes must agree")
+    add("--new_head", type=number(int, 1), metavar="N", help="add a head of N classes with timm's own initial values, "
+        "for readers that want every key")
 
 
 def _add_refit(parser: argparse.ArgumentParser) -> None:

@@ -64,6 +64,7 @@ class Stream(enum.IntEnum):
     CALIBRATION = 110  # images that a refit and the rules by activation see
     ROWS = 111  # places in these images that take part in a layer's regression, per layer and batch
     DISTILLER = 112  # initial weights of the MLP from a student's features to its teacher's
+    HEAD = 113  # initial weights of the head that --new_head adds
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:

@@ -47,6 +47,7 @@ from datasets import load_unlabelled
 from images.settings import View
 from images.transforms import evaluation_batches
 from models import ModelSpec
+from models.initial import fresh_head
 from models.pixels import Renormalize, image_channels, mean_and_std
 from options import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images
 from selection.activations.scratch import BATCH, Calibration
@@ -176,6 +177,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     if needs_images(options):
         scratch = Path() if options.plan else next(folder for folder in path.absolute().parents if folder.exists())
         on_images = calibration_images(options, teacher, student, scratch)
+    if options.new_head:
+        student = replace(student, kwargs={**student.kwargs, "num_classes": options.new_head})
     tensors, description = select_weights(
         ModelSpec(teacher.name, teacher.kwargs),
         student,
@@ -186,6 +189,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         plan_only=options.plan,
         on_images=on_images,
     )
+    description["choices"]["new_head"] = options.new_head
     _log_remarks(options, description)
     if options.plot:
         draw(description, Path(options.plot))
@@ -196,6 +200,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {path.parent} cannot be made: {error.strerror}") from error
+    if options.new_head:
+        tensors |= fresh_head(student, options.seed)
     sha256 = write_initialization(path, tensors, description)
     count = sum(tensor.numel() for tensor in tensors.values())
     what = f"{len(tensors)} tensors, {count:,} values for {student.name} from {teacher.name}"

@@ -1,12 +1,13 @@
-"""Random initial values other than timm's own, as baselines: the classic ones and mimetic."""
+"""Random initial values: the classic ones and mimetic as baselines beside timm's own, and a head of timm's."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from models.families import family_of
-from utils import UserError
+from models.build import ModelSpec, create
+from models.families import family_of, head_prefixes
+from utils import Stream, UserError, derive_seed
 
 
 def initialize(model: nn.Module, scheme: str) -> None:
@@ -29,6 +30,14 @@ def initialize(model: nn.Module, scheme: str) -> None:
                         fill(part)
                     if layer.bias is not None:
                         layer.bias.zero_()
+
+
+def fresh_head(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """Draw timm's own initial values for the head of a model, by `seed`; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(Stream.HEAD, seed))
+        model = create(spec.name, spec.kwargs)
+    return {key: value for key, value in model.state_dict().items() if key.startswith(head_prefixes(model))}
 
 
 def _kaiming(weight: Tensor) -> None:

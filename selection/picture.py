@@ -112,7 +112,7 @@ def headline(description: Mapping) -> tuple[str, str]:
     seed = f" (seed {choices['seed']})" if rule.startswith("random") else ""
     parts = [f"layers: {choices['layer_selection']}", f"elements: {rule}{seed}"]
     parts += [f"heads: {choices['heads']}"] * (choices["heads"] is not None)
-    parts += [f"classifier: {'taken' if choices['include_head'] else 'left out'}"]
+    parts += [f"classifier: {'taken' if choices['include_head'] else 'new' if choices.get('new_head') else 'left out'}"]
     parts += [f"only {', '.join(choices['take'])}"] if choices["take"] else []
     parts += [f"gain: {choices['gain']:g}"] if choices["gain"] else []
     return " from ".join(names), " · ".join(parts)
