@@ -19,6 +19,7 @@ from training.distill import Distillation, WithDistiller
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
 from training.meters import DeviceSums, Speed, count_in_top
 from training.precision import Precision
+from training.probe import LinearProbe
 from utils import Stopped, Stream, UserError, derive_seed
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Trainer:
     @property
     def bare_model(self) -> nn.Module:
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        return model.model if isinstance(model, WithDistiller) else model
+        return model.model if isinstance(model, WithDistiller | LinearProbe) else model
 
     def state(self) -> dict:
         """Return what a checkpoint holds of the training itself: weights, their average, optimizer and scaler."""

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import load_data
 from engine import EngineSettings, Trainer, evaluate, train_one_epoch
 from images.batches import make_train_loader, make_val_loader
+from images.features import FeatureBatches, on_features
 from images.images import Images, bad_of_all_ranks, count_bad
 from images.settings import Augmentation
 from images.transforms import build_mixer
@@ -34,7 +35,7 @@ from images.workers import warn_of_cap
 from models.build import build_model, constructor_arguments
 from models.initial import initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from options import peak_lr, plain
+from options import computes_features_once, plain, settled
 from training import distributed
 from training import folder as run_folder
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer
@@ -45,6 +46,7 @@ from training.log import EpochLog, make_reporter, report_best
 from training.memory import memory_errors_explained
 from training.place import lone_task
 from training.precision import Precision
+from training.probe import make_probe
 from training.signals import StopSignals, report_stop
 from training.start import Start, find_start
 from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
@@ -89,9 +91,8 @@ def run(
     given = plain(options)
     update_freq = options.update_freq if options.eval else start.check_settings(given, output_dir, precision.name)
     total_batch = options.batch_size * update_freq * distributed.world_size()
-    in_effect = {"lr": peak_lr(options, total_batch), "images_per_update": total_batch, "precision": precision.name}
-    options = argparse.Namespace(**vars(options) | {"lr": in_effect["lr"]})
-
+    options = settled(options, total_batch)
+    in_effect = {"lr": options.lr, "images_per_update": total_batch, "precision": precision.name}
     train_images, val_images, num_classes = load_data(options)
     images = train_images or val_images
     about_data = {"classes": images.class_names or num_classes, "training images": train_images and len(train_images)}
@@ -101,7 +102,6 @@ def run(
     train_loader = make_train_loader(options, train_images, device, update_freq) if train_images else None
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
-    seed_all(options.seed)
     model = make_model(options, num_classes, device)
     ema = make_ema(model, options) if options.model_ema else None
     start.restore_weights(model, ema, options)
@@ -127,9 +127,11 @@ def run(
         in_effect |= counts(num_classes, train_images, val_images)
         run_folder.write_config(output_dir, about | {"in_effect": in_effect} | about_code)
         progress.best = start.bring_best(output_dir)
-    about |= {"update_freq": update_freq, "processes": distributed.world_size(), "precision": precision.name}
+    if computes_features_once(options):
+        train_loader, val_loader = on_features(options, model, precision, train_images, train_loader, val_loader)
+    origin = about | {"update_freq": update_freq, "processes": distributed.world_size(), "precision": precision.name}
+    origin |= {"data": about_data}
     stop.defer()
-    origin = about | {"data": about_data}
     return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
 
@@ -209,12 +211,13 @@ def evaluate_all(
     options: argparse.Namespace, model: nn.Module, ema, val_loader, precision: Precision, asked_to_stop=None
 ) -> dict[str, float]:
     """Measure test_loss, test_acc1 and test_acc5 of the model, and of its moving average with --model_ema_eval."""
-    settings = EngineSettings.from_options(options)
-    figures = evaluate(model, val_loader, precision, settings, asked_to_stop)
-    record = {f"test_{name}": value for name, value in figures.items()}
-    if ema is not None and options.model_ema_eval:
-        figures = evaluate(ema.module, val_loader, precision, settings, asked_to_stop)
-        record |= {f"test_{name}_ema": value for name, value in figures.items()}
+    settings, record = EngineSettings.from_options(options), {}
+    models = {"": model} | ({"_ema": ema.module} if ema is not None and options.model_ema_eval else {})
+    for suffix, each in models.items():
+        # features have passed all layers but the classifier
+        evaluated = each.get_classifier() if isinstance(val_loader, FeatureBatches) else each
+        figures = evaluate(evaluated, val_loader, precision, settings, asked_to_stop)
+        record |= {f"test_{name}{suffix}": value for name, value in figures.items()}
     return record
 
 
@@ -232,6 +235,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def make_model(options: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+    """Build the model with its random initial values."""
+    seed_all(options.seed)
     model = build_model(
         options.model,
         num_classes=num_classes,
@@ -257,7 +262,8 @@ def make_trainer(
     update_freq: int,
 ) -> Trainer:
     """Put together optimizer, schedules and the model, in DDP if there are several processes."""
-    groups, student = parameter_groups(model, options), model
+    student = make_probe(model, options) if options.linear_probe else model
+    groups = parameter_groups(model, options)
     if isinstance(criterion, Distillation):
         student = criterion.student
         without_layers = argparse.Namespace(**vars(options) | {"layer_decay": 1.0})

@@ -53,6 +53,8 @@ RECIPES = {
     },
 }
 SHORT_LR = 1e-3
+# What --linear_probe sets, each only if it is not given itself: every epoch then has the same images.
+WITHOUT_AUGMENTATION = {"aa": "none", "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
 class Settings:
@@ -274,8 +276,9 @@ def training_options(
     parser = _training_parser()
     parser.prog = program
     taken = {name: value for name, value in (run or {}).items() if name not in FREE_IN_EVALUATION}
-    recipe = RECIPES[parser.parse_args(argv, argparse.Namespace(**taken)).recipe]
-    parser.set_defaults(**recipe)
+    first = parser.parse_args(argv, argparse.Namespace(**taken))
+    recipe = RECIPES[first.recipe]
+    parser.set_defaults(**recipe | (WITHOUT_AUGMENTATION if first.linear_probe else {}))
     options = parser.parse_args(argv, argparse.Namespace(**taken))
     for name, value in recipe.items():
         if callable(value) and getattr(options, name) is value:
@@ -330,6 +333,13 @@ def peak_lr(options: argparse.Namespace, images_per_update: int) -> float:
     return SHORT_LR * images_per_update / 512 if options.lr is None else options.lr
 
 
+def settled(options: argparse.Namespace, images_per_update: int) -> argparse.Namespace:
+    """Return a run's options with its peak learning rate, and without those that have no effect."""
+    # features that are computed once have no memory layout, and their classifier is too small to be compiled
+    idle = {"compile": False, "channels_last": False} if computes_features_once(options) else {}
+    return argparse.Namespace(**vars(options) | {"lr": peak_lr(options, images_per_update)} | idle)
+
+
 def unknown_data_set(name: str) -> str | None:
     """Return the message about a data set's name that is none of ours; None for ours, torch/NAME and hfds/NAME."""
     if name in DATA_SETS or re.fullmatch(r"(torch|hfds)/.+", name):
@@ -341,9 +351,11 @@ def unknown_data_set(name: str) -> str | None:
 
 def remarks(options: argparse.Namespace) -> list[str]:
     """Return what to say at the start of main.py: options without effect, and that nothing is kept."""
-    idle = {"resplit": False, "dist_on_itp": False, "world_size": 1} | (
-        {"distillation": "none"} if options.eval else {}
-    )
+    idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
+    if options.eval:
+        idle |= {"distillation": "none"}
+    if computes_features_once(options):
+        idle |= {"compile": False, "channels_last": False, "augment": "timm"}
     lines = [
         f"--{name} is accepted and has no effect" for name, default in idle.items() if getattr(options, name) != default
     ]
@@ -355,6 +367,14 @@ def remarks(options: argparse.Namespace) -> list[str]:
 def mixes(options: argparse.Namespace) -> bool:
     """Return whether mixup or cutmix mixes the batches."""
     return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+
+
+def computes_features_once(options: argparse.Namespace) -> bool:
+    """Return whether a linear probe trains on features that are computed once, because nothing changes the images."""
+    o = options
+    jitters = o.aa in ("", "none") and o.color_jitter
+    augments = o.aa not in ("", "none") or jitters or o.hflip or o.reprob or mixes(o)
+    return o.linear_probe and not o.eval and not augments
 
 
 # The tables below are laid out by hand, an option or a check per line where it fits.
@@ -500,7 +520,7 @@ def _first_mistake(options: argparse.Namespace) -> str | None:
 
 def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
     """Return a message about the first contradiction among the options; None if there is none."""
-    o, mixing = options, mixes(options)
+    o, mixing, probes = options, mixes(options), options.linear_probe and not options.eval
     of_teacher = [name for name in vars(o) if name.startswith(("teacher_", "distillation_"))]
     idle = next((f"--{name} {getattr(o, name)}" for name in _changed(o, of_teacher, parser)), None)
     unknown = unknown_data_set(o.data_set)
@@ -538,6 +558,12 @@ def _first_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser
         (o.distillation != "none" or not idle, f"{idle} is for --distillation logits or features"),
         (o.distillation != "features" or o.distillation_tau == 1,
          f"--distillation_tau {o.distillation_tau} is for --distillation logits: features have no temperature"),
+        (not probes or o.distillation == "none",
+         f"--linear_probe true learns from the labels alone, not by --distillation {o.distillation}"),
+        (not probes or not o.drop_path, f"--drop_path {o.drop_path} is for blocks that --linear_probe true freezes"),
+        (not probes or o.layer_decay == 1, f"--layer_decay {o.layer_decay} is for layers that --linear_probe true freezes"),
+        (o.cache == "none" or not computes_features_once(o),
+         f"--cache {o.cache} has nothing to speed up: --linear_probe true without augmentation reads each image once"),
         (o.start_epoch < o.epochs or o.eval,
          f"--start_epoch {o.start_epoch} is not before the end, --epochs {o.epochs}"),
     ]
@@ -616,6 +642,10 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=tuple(RECIPES), default="paper", help="defaults of the options: paper, for 300 epochs, or "
         "short, for up to some 30: --epochs 30, --warmup_epochs a tenth of them, --lr 1e-3 per 512 images of the total "
         "batch, and --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0")
+    add("--linear_probe", type=boolean, nargs="?", const=True, default=False, help="train the classifier alone, on "
+        "features of the rest in evaluation mode; sets --aa none and --color_jitter, --hflip, --reprob, --mixup, --cutmix "
+        "to 0 unless given: images are then cropped as in the evaluation, and their features computed once. With "
+        "any augmentation they are cropped at random too, and have a forward pass per step")
     add("--epochs", default=300, type=positive, help="length of the run")
     add("--batch_size", default=64, type=positive, help="images per process and backward pass")
     add("--update_freq", default=1, type=positive, help="backward passes per update: gradient accumulation")

@@ -126,7 +126,10 @@ def resident_on(
 
 
 class Resident:
-    """Images of one size in the memory of the host or of a device: uint8 [images, H, W, 3], and their class numbers."""
+    """Images of one size in the memory of the host or of a device: uint8 [images, H, W, 3], and their class numbers.
+
+    Features take the place of pixels in a linear probe: float32 [images, width].
+    """
 
     def __init__(self, pixels: Tensor, labels: np.ndarray, pin: bool = False):
         self.pixels, self.labels, self.pin = pixels, torch.from_numpy(labels).to(pixels.device), pin
