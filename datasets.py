@@ -58,6 +58,27 @@ def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None
     return train_images, val_images, num_classes
 
 
+def describe_data(train_images: Images | None, val_images: Images | None) -> dict:
+    """Describe the images as a checkpoint does, as plain values; None for a part that is not used.
+
+    The lists are digests (see `Images.digest`), so they differ wherever names, order, labels or counts do.
+    """
+    images = train_images or val_images
+    return {
+        "classes": images.class_names or images.classes,
+        "training images": train_images and len(train_images),
+        "evaluation images": val_images and len(val_images),
+        "list of training images": train_images and train_images.digest(),
+        "list of evaluation images": val_images and val_images.digest(),
+    }
+
+
+def counts(num_classes: int, about_data: dict) -> dict[str, int | None]:
+    """Return the counts for config.json, by which compare.py tells data sets of the same name apart."""
+    images = {f"{part}_images": about_data[f"{part} images"] for part in ("training", "evaluation")}
+    return {"classes": num_classes} | images
+
+
 def load_images(
     name: str,
     data_path: str,

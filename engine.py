@@ -122,7 +122,7 @@ def train_one_epoch(
         lr = float(trainer.lr[step])
         set_schedules(trainer.optimizer, lr, trainer.weight_decay[step])
         losses, correct, images = _accumulate_gradients(trainer, source, step)
-        grad_norm = _update(trainer)
+        grad_norm = _update(trainer, step)
         window.add(trainer, losses, correct, grad_norm)
         speed.add(images)
         if trainer.compiles:
@@ -217,7 +217,7 @@ def _no_sync(model: nn.Module):
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def _update(trainer: Trainer) -> Tensor:
+def _update(trainer: Trainer, step: int) -> Tensor:
     """Clip, apply and clear the gradients; return their norm [] before clipping."""
     scaler, optimizer = trainer.precision.scaler, trainer.optimizer
     scaler.unscale_(optimizer)
@@ -225,6 +225,8 @@ def _update(trainer: Trainer) -> Tensor:
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if trainer.settings.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, trainer.settings.clip_grad, norm)
+    # Some optimizers (kron) draw from the global generator, which the forward pass has seeded for this rank alone.
+    torch.manual_seed(derive_seed(Stream.OPTIMIZER, trainer.settings.seed, step))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import load_data
+from datasets import counts, describe_data, load_data
 from engine import EngineSettings, Trainer, evaluate, train_one_epoch
 from images.batches import make_train_loader, make_val_loader
 from images.features import FeatureBatches, on_features
@@ -38,6 +38,7 @@ from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options import computes_features_once, plain, settled
 from training import distributed
 from training import folder as run_folder
+from training.agreement import check_options
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer
 from training.compiler import check_compiler
 from training.distill import Distillation, make_criterion
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
         if options.compile:
             check_compiler(device, options.compile_mode)
         start_logging(quiet=not distributed.is_main())
+        check_options(vars(options))
         for remark in (*lone_task(), *remarks(options)):
             log.warning(remark)
         warn_of_cap(options.num_workers)
@@ -94,8 +96,7 @@ def run(
     options = settled(options, total_batch)
     in_effect = {"lr": options.lr, "images_per_update": total_batch, "precision": precision.name}
     train_images, val_images, num_classes = load_data(options)
-    images = train_images or val_images
-    about_data = {"classes": images.class_names or num_classes, "training images": train_images and len(train_images)}
+    about_data = describe_data(train_images, val_images)
     start.check_data(about_data)
     if train_images and options.bad_images == "skip":
         train_images.mark_bad(start.bad_images())
@@ -122,16 +123,17 @@ def run(
         report_best(start.state["best"], progress.best_epochs, start.path.parent)
         return start.state["metrics"]
     about = {"options": given, "initialization": start.source} | teacher
+    machine = environment(device, distributed.world_size())
     if output_dir and distributed.is_main():
-        about_code = {"environment": environment(device, distributed.world_size()), "revision": revision()}
-        in_effect |= counts(num_classes, train_images, val_images)
-        run_folder.write_config(output_dir, about | {"in_effect": in_effect} | about_code)
+        in_effect |= counts(num_classes, about_data)
+        found = {"in_effect": in_effect, "environment": machine, "revision": revision()}
+        run_folder.write_config(output_dir, about | found)
         progress.best = start.bring_best(output_dir)
     if computes_features_once(options):
         train_loader, val_loader = on_features(options, model, precision, train_images, train_loader, val_loader)
-    origin = about | {"update_freq": update_freq, "processes": distributed.world_size(), "precision": precision.name}
-    origin |= {"data": about_data}
     stop.defer()
+    origin = about | {"data": about_data, "update_freq": update_freq, "precision": precision.name}
+    origin |= {name: machine[name] for name in ("processes", "threads")}
     return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
 
@@ -219,12 +221,6 @@ def evaluate_all(
         figures = evaluate(evaluated, val_loader, precision, settings, asked_to_stop)
         record |= {f"test_{name}{suffix}": value for name, value in figures.items()}
     return record
-
-
-def counts(num_classes: int, train_images: Images, val_images: Images | None) -> dict[str, int | None]:
-    """Count classes and images for config.json, by which compare.py tells data sets of the same name apart."""
-    evaluation = len(val_images) if val_images else None
-    return {"classes": num_classes, "training_images": len(train_images), "evaluation_images": evaluation}
 
 
 def count_parameters(model: nn.Module) -> int:

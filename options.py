@@ -38,6 +38,15 @@ FREE_IN_EVALUATION = frozenset(
 )
 
 
+# What may differ between the processes of one run: where each node has its files, how it reads them, and what the first
+# process alone writes.
+FREE_PER_RANK = frozenset(
+    "data_path device dist_on_itp dist_timeout dist_url enable_wandb eval_data_path local_rank log_dir num_workers pin_mem "
+    "progress project resplit save_ckpt_freq save_ckpt_num teacher_path wandb_ckpt world_size".split()
+)
+PATHS = ("initialize", "output_dir", "resume")  # may differ too, but all processes have one or none
+
+
 # What --recipe sets of main.py, each only if it is not given itself. A function takes the other options.
 RECIPES = {
     "paper": {},  # 300 epochs: the defaults
@@ -82,16 +91,26 @@ BOOLEAN = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"
 
 
 def keyword(text: str) -> tuple[str, object]:
-    """Parse `name=value`, the value as a Python literal or else as text: `depth=6`, `act_layer=gelu`."""
+    """Parse `name=value`: the value as a Python literal, with true, false and none in any case, or else as text."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    return name, _literal(value)
+
+
+def _literal(text: str) -> object:
+    """Return the value of a Python literal in which true, false and none have any case; other text as it is."""
     import ast  # here, because -h need not wait for it
 
+    class Words(ast.NodeTransformer):
+        def visit_Name(self, node):
+            words = {"true": True, "false": False, "none": None}
+            return ast.Constant(words[node.id.lower()]) if node.id.lower() in words else node
+
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+        return ast.literal_eval(Words().visit(ast.parse(text.strip(), mode="eval")))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # what literal_eval raises
+        return text
 
 
 def keyword_text(name: str, value: object) -> str:
@@ -105,6 +124,18 @@ class Keywords(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **dict(values)})
+
+
+def text_values(options: argparse.Namespace) -> list[str]:
+    """Return a line that lists the NAME=VALUE that are text; none if there are none. Text is no number, true or false."""
+    given = {name: value for name, value in vars(options).items() if name.endswith("_kwargs") and value}
+    listed = [
+        f"--{option} {name}={value}"
+        for option, values in given.items()
+        for name, value in values.items()
+        if isinstance(value, str)
+    ]
+    return [f"taken as text, not as a number, true, false or none: {', '.join(listed)}"] if listed else []
 
 
 def number(kind: type, low: float, high: float = float("inf")):
@@ -350,7 +381,7 @@ def unknown_data_set(name: str) -> str | None:
 
 
 def remarks(options: argparse.Namespace) -> list[str]:
-    """Return what to say at the start of main.py: options without effect, and that nothing is kept."""
+    """Return what to say at the start of main.py: options without effect, that nothing is kept, values that are text."""
     idle = {"resplit": False, "dist_on_itp": False, "world_size": 1}
     if options.eval:
         idle |= {"distillation": "none"}
@@ -361,7 +392,7 @@ def remarks(options: argparse.Namespace) -> list[str]:
     ]
     if not (options.output_dir or options.eval):
         lines.append("no --output_dir: nothing is kept, neither checkpoints nor log.txt")
-    return lines
+    return lines + text_values(options)
 
 
 def mixes(options: argparse.Namespace) -> bool:

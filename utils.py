@@ -65,6 +65,7 @@ class Stream(enum.IntEnum):
     ROWS = 111  # places in these images that take part in a layer's regression, per layer and batch
     DISTILLER = 112  # initial weights of the MLP from a student's features to its teacher's
     HEAD = 113  # initial weights of the head that --new_head adds
+    OPTIMIZER = 114  # what an optimizer draws in an update, per step
 
 
 def derive_seed(stream: Stream, *parts: int) -> int:

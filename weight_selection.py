@@ -49,7 +49,7 @@ from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.initial import fresh_head
 from models.pixels import Renormalize, image_channels, mean_and_std
-from options import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images
+from options import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images, text_values
 from selection.activations.scratch import BATCH, Calibration
 from selection.pair import build, build_pair, count_classes, make_outline, outline_without_heads, take_parts
 from selection.picture import check_plot, draw
@@ -254,7 +254,7 @@ def _pair(options: argparse.Namespace) -> tuple[Trained, ModelSpec, str]:
 
 
 def _log_remarks(options: argparse.Namespace, description: dict) -> None:
-    """Log what is not a plain copy, and each option that has no effect."""
+    """Log what is not a plain copy, what is taken as text, and each option that has no effect."""
     for note, count in description["plan"]["notes"].items():
         log.info("%s%s", note, f" ({count} tensors)" * (count > 1))
     chosen = [group for kind in ("layers", "groups") for group in description["plan"][kind].values()]
@@ -268,7 +268,7 @@ def _log_remarks(options: argparse.Namespace, description: dict) -> None:
         )
     if options.heads and description["choices"]["heads"] is None:
         log.warning("--heads %s has no effect: the family %s has none", options.heads, description["family"])
-    for remark in given_in_vain(options):
+    for remark in (*text_values(options), *given_in_vain(options)):
         log.warning(remark)
 
 

@@ -226,12 +226,12 @@ def test_training_reaches_its_first_optimizer_step(words, selected, data, dinov2
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     real = engine._update
 
-    def once(trainer):
+    def once(trainer, step):
         before = {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
         set_to = 1e-3  # a warm-up begins at learning rate 0, which would change no weight
         for group in trainer.optimizer.param_groups:
             group["lr"] = set_to
-        assert real(trainer).isfinite()
+        assert real(trainer, step).isfinite()
         after = trainer.bare_model.state_dict()
         assert all(torch.equal(before[key], after[key]) != key.startswith(trains) for key in before)
         raise FirstUpdate

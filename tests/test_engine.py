@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from conftest import assert_equal_weights, settings
 from timm.loss import SoftTargetCrossEntropy
+from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -120,6 +122,33 @@ def mixing():
     return {"mixer": build_mixer(settings()[1], num_classes=3), "criterion": SoftTargetCrossEntropy()}
 
 
+def buildable_optimizers():
+    """Names of timm's optimizers that need neither CUDA nor second derivatives."""
+    for name in list_optimizers():
+        with contextlib.suppress(UserError):
+            make_trainer(tiny_model(), f"--opt {name}")
+            yield name
+
+
+def test_optimizers_draw_alike_on_every_rank(monkeypatch):
+    """Leave the global generator as different ranks' forward passes do."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # kron's compilation takes minutes
+    names = list(buildable_optimizers())
+    assert {"adamw", "kron", "kronw", "muon"} <= set(names)
+    for name in names:
+        ranks = []
+        for rank in range(2):
+            trainer, draws = make_trainer(tiny_model(), f"--opt {name} --lr 1e-3"), torch.Generator().manual_seed(0)
+            for step in range(2):
+                for parameter in trainer.model.parameters():
+                    parameter.grad = torch.randn(parameter.shape, generator=draws)
+                trainer.precision.scaler.scale(torch.ones(()))  # what the backward pass begins with
+                torch.manual_seed(rank)
+                engine._update(trainer, step)
+            ranks.append(trainer.model.state_dict())
+        assert_equal_weights(*ranks)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_host_waits_only_at_log_steps(mixed, dtype, device, waits_in):
@@ -230,7 +259,9 @@ class BadAt(nn.Module):
 def test_update_that_is_not_finite_is_skipped_and_ends_the_run(value, named, monkeypatch):
     model, states, real = tiny_model(), [], engine._update
     trainer = make_trainer(model, "--log_freq 4", criterion=BadAt(2, value))
-    monkeypatch.setattr(engine, "_update", lambda each: states.append(copy.deepcopy(model.state_dict())) or real(each))
+    monkeypatch.setattr(
+        engine, "_update", lambda *given: states.append(copy.deepcopy(model.state_dict())) or real(*given)
+    )
     with pytest.raises(UserError, match=rf"{named} was not finite .*step 3 of epoch 0, at lr 0\.1"):
         train(trainer, batches_of(4))
     assert not torch.equal(states[1]["1.weight"], states[2]["1.weight"])

@@ -89,6 +89,15 @@ def test_baseline_has_the_settings_of_its_group(root, capsys):
     )
 
 
+def test_run_that_went_on_with_fewer_processes_keeps_its_group(root):
+    """Its options and its number of processes are the last command's; what it trained with is in effect."""
+    write_run(root / "whole", [50], seed=0, processes=2, batch_size=64)
+    resumed = write_run(root / "resumed", [60], seed=1, processes=1, batch_size=64)
+    for folder in (root / "whole", resumed):
+        record(folder, in_effect={"images_per_update": 128, "lr": 0.001, "precision": "float32"})
+    assert [group["label"] for group in groups_of(root)] == ["random init"]
+
+
 UNEQUAL = {
     "epochs": {"epochs": 2},
     "augmentation": {"aa": "none"},

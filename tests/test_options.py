@@ -162,3 +162,39 @@ def test_script_fails_in_a_line_where_stdout_fails(opened, said, size, run_print
     with opened() as stream:
         assert run_printing(stream, size) == 1
     assert capsys.readouterr().err.endswith(said)
+
+
+# ---- NAME=VALUE ----
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((word, True) for word in ("true", "True", "TRUE")),
+        *((word, False) for word in ("false", "False", "fALSE")),
+        *((word, None) for word in ("none", "None", "NONE")),
+        ("[1,true,(none,)]", [1, True, (None,)]),
+        ("{'a':FALSE}", {"a": False}),
+        ("-1e-3", -1e-3),
+        ("'false'", "false"),
+        ("no", "no"),
+        ("gelu", "gelu"),
+        ("true.x", "true.x"),
+        ("true()", "true()"),
+        ("[true", "[true"),
+        ("(" * 500, "(" * 500),
+        ("", ""),
+    ],
+)
+def test_true_false_and_none_are_values_in_any_case(text, value):
+    name, read = options.keyword(f"name={text}")
+    assert name == "name" and read == value and type(read) is type(value)
+
+
+def test_values_that_are_text_are_said_in_one_line():
+    words = "--output_dir x --model_kwargs qkv_bias=no depth=2 act_layer=gelu class_token=false --teacher_kwargs a=b"
+    given = options.training_options([*words.split(), "--distillation", "logits", "--teacher_model", "vit_tiny"])
+    assert given.model_kwargs["class_token"] is False
+    listed = "--model_kwargs qkv_bias=no, --model_kwargs act_layer=gelu, --teacher_kwargs a=b"
+    assert options.remarks(given) == [f"taken as text, not as a number, true, false or none: {listed}"]
+    assert options.remarks(options.training_options(["--output_dir", "x", "--model_kwargs", "depth=2"])) == []

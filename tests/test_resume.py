@@ -3,10 +3,13 @@
 import contextlib
 import logging
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal_weights, read_log, weights_of, write_images
+from conftest import TINY_MODEL, assert_equal_weights, read_log, weights_of, write_images
 
 import engine
 import main as script
@@ -32,10 +35,10 @@ def plug_pulled(update):
     """Make a run die in this update, counted from 0 over the whole run."""
     real, made = engine._update, iter(range(10**6))
 
-    def dying(trainer):
+    def dying(trainer, step):
         if next(made) == update:
             raise RuntimeError("the plug is pulled")
-        return real(trainer)
+        return real(trainer, step)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
         patch.setattr(engine, "_update", dying)
@@ -164,15 +167,77 @@ def test_log_without_its_checkpoints_is_not_overwritten(train, tmp_path):
     assert [(tmp_path / name / "log.txt").read_bytes() for name in ("never", "deleted")] == before
 
 
-def test_resuming_on_other_data_names_the_difference(train, tmp_path):
-    train()
-    write_images(tmp_path / "d", "train", {"dark": 14, "grey": 13, "light": 12})
-    write_images(tmp_path / "d", "val", {"dark": 4, "grey": 4, "light": 3})
-    with pytest.raises(UserError, match="other data: its training images were 40, not 39"):
-        train("--data_path", tmp_path / "d")
-    write_images(tmp_path / "e", "val", {"a": 4, "b": 4, "c": 3})
-    with pytest.raises(UserError, match="its classes were .*dark.*, not .*'a', 'b', 'c'"):
-        train("--eval true --data_path", tmp_path / "e")
+@pytest.fixture
+def copied(image_folder, tmp_path):
+    """A copy of the images, elsewhere."""
+    return shutil.copytree(image_folder, tmp_path / "copied")
+
+
+OTHER_DATA = {
+    "an image less": ("rm train/light/000.jpg", r"training images \(40, here 39\)"),
+    "another name": ("mv train/light/000.jpg train/light/zzz.jpg", r"list of training images \(\w{16}, here \w{16}\)"),
+    "another label": ("mv train/light/000.jpg train/grey/999.jpg", r"list of training images \("),
+    "an image less to evaluate": ("rm val/light/000.jpg", r"evaluation images \(11, here 10\)"),
+    "other names to evaluate": ("mv val/light/000.jpg val/light/zzz.jpg", r"list of evaluation images \("),
+    "other classes": (
+        "mv train/dark train/a ; mv val/dark val/a",
+        r"classes \(\['dark', .*, here \['a', 'grey', 'light'\]\)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(image_folder, tmp_path_factory):
+    """The folder of a run, and its options but those of the data."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = "--input_size 32 --epochs 1 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --output_dir"
+    argv = [*TINY_MODEL, "--data_set", "image_folder", *recipe.split(), str(folder)]
+    script.main([*argv, "--data_path", str(image_folder)])
+    return argv
+
+
+@pytest.mark.parametrize("change", OTHER_DATA)
+def test_resuming_on_other_data_names_the_difference(change, finished, copied):
+    commands, message = OTHER_DATA[change]
+    script.main([*finished, "--data_path", str(copied)])  # the same images at another place
+    subprocess.run(commands, shell=True, check=True, cwd=copied)
+    with pytest.raises(UserError, match=f"checkpoint-0.pth belongs to a run on other data: {message}"):
+        script.main([*finished, "--data_path", str(copied)])
+
+
+def test_evaluation_may_be_of_other_images_of_the_same_classes(finished, copied):
+    shutil.rmtree(copied / "train")
+    (copied / "val" / "light" / "000.jpg").unlink()
+    assert "test_acc1" in script.main([*finished, "--eval", "true", "--data_path", str(copied)])
+    write_images(copied / "other", "val", {"a": 4, "b": 4, "c": 3})
+    with pytest.raises(UserError, match=r"classes \(\['dark', .*, here \['a', 'b', 'c'\]"):
+        script.main([*finished, "--eval", "true", "--data_path", str(copied / "other")])
+
+
+def test_older_checkpoint_compares_what_it_has(finished, copied, tmp_path, caplog):
+    state = state_in(Path(finished[-1]), "checkpoint-0.pth")
+    del state["threads"]
+    state["data"] = {name: state["data"][name] for name in ("classes", "training images")}
+    torch.save(state, tmp_path / "checkpoint-0.pth")
+    (copied / "train" / "light" / "000.jpg").rename(copied / "train" / "light" / "zzz.jpg")
+    argv = [*finished[:-1], str(tmp_path), "--data_path", str(copied)]
+    assert script.main(argv) == state["metrics"]
+    assert "threads" not in caplog.text
+    (copied / "train" / "light" / "zzz.jpg").unlink()
+    with pytest.raises(UserError, match=r"training images \(40, here 39\)"):
+        script.main(argv)
+
+
+def test_resuming_with_other_threads_is_said(train, tmp_path, caplog):
+    train("--epochs 1")
+    state = state_in(tmp_path / "run", "checkpoint-0.pth")
+    assert state["threads"] == torch.get_num_threads()
+    train("--epochs 1")
+    assert "OMP_NUM_THREADS" not in caplog.text
+    torch.save(state | {"threads": 3}, tmp_path / "run" / "checkpoint-0.pth")
+    train("--epochs 1")
+    said = "1 threads per process instead of 3 (OMP_NUM_THREADS): the weights will differ in their last bits"
+    assert said in caplog.text
 
 
 def test_optimizer_state_of_other_shapes_is_refused(train, tmp_path):

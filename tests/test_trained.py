@@ -186,7 +186,9 @@ def test_student_that_main_cannot_train_has_no_command(student, run, select, cap
     assert "; main.py trains on square images of 3 channels or 1, but this student takes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["gelu", "6", 6, 0.5, True, None, (1, 2), "None", "a b", "(1,", "it's", ["x"]])
+@pytest.mark.parametrize(
+    "value", ["gelu", "6", 6, 0.5, True, None, (1, 2), "None", "false", "a b", "(1,", "it's", ["x"]]
+)
 def test_arguments_are_written_as_they_are_read(value):
     assert keyword(keyword_text("name", value)) == ("name", value)
 

@@ -34,7 +34,8 @@ STATE = {
     "data": dict,
 }
 # Keys that older files lack, with the value that they imply. `update_freq` is the one in effect; 0 means as in `options`.
-NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0, "best_epochs": {}}
+# `threads` is torch's number per process; 0 means unknown.
+NEWER = {"sums": {}, "skips_in_a_row": 0, "bad_images": [], "update_freq": 0, "best_epochs": {}, "threads": 0}
 FIGURES = ("sums", "best", "best_epochs")
 BEST_CHECKPOINTS = {"test_acc1": "checkpoint-best.pth", "test_acc1_ema": "checkpoint-best-ema.pth"}
 

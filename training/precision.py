@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from training.agreement import check_same
+
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class Precision:
         """Choose float32 or, with `use_amp`, the type of that name: by default float16 on cuda and bfloat16 elsewhere.
 
         A CPU without bfloat16 units would train many times slower. It stays in float32, with a warning, unless the
-        type is named.
+        type is named. UserError on all ranks if they choose differently.
         """
         units = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
         if use_amp and name is None and device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, units)):
@@ -46,7 +48,9 @@ class Precision:
                 "--use_amp true: this CPU has no bfloat16 units and would be many times slower; training in float32"
             )
         default = "float16" if device.type == "cuda" else "bfloat16"
-        return cls(device, getattr(torch, name or default) if use_amp else None)
+        precision = cls(device, getattr(torch, name or default) if use_amp else None)
+        check_same({"the precision": precision.name}, "give --amp_dtype, or --use_amp false")
+        return precision
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)

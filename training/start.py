@@ -1,4 +1,4 @@
-"""Where a run starts: which checkpoint or initialization file it takes, what has to agree with it, and loading it."""
+"""Where a run starts: which checkpoint or initialization file it takes, and what has to agree with it."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ from torch import nn
 from models.fit import check_fit
 from options import FREE_ON_RESUME, training_defaults
 from training import distributed
+from training.agreement import check_same, in_short
 from training.checkpoint import (
     BEST_CHECKPOINTS,
     Progress,
@@ -25,10 +26,13 @@ from training.checkpoint import (
     read_checkpoint,
 )
 from training.inherited import load_initialization
+from training.teacher import sha256_of
 from utils import UserError, write_atomically
 from weightfiles.hub import fetch
 
 log = logging.getLogger(__name__)
+
+SHARE = "all nodes must share --output_dir, or have the same file for --resume"
 
 
 @dataclass
@@ -53,15 +57,21 @@ class Start:
         return options["update_freq"]
 
     def check_data(self, data: dict) -> None:
-        """UserError if the classes or the number of training images differ from the checkpoint's; a value of None is not compared."""
-        for name, value in data.items() if self.state else ():
-            then = self.state["data"].get(name)
+        """UserError if the data differ between the ranks, or from the checkpoint's; a value of None is not compared.
+
+        An evaluation may be of other images, if their classes are the same.
+        """
+        check_same(data, "all need copies of the same files")
+        compared = data if data["training images"] else {"classes": data["classes"]}
+        for name, value in compared.items() if self.state else ():
+            then = self.state["data"].get(name)  # older checkpoints describe less
             if None not in (value, then) and then != value:
-                message = f"{self.path} belongs to a run on other data: its {name} were {then}, not {value}"
-                raise UserError(message[:400])
+                was, now = in_short([then, value])
+                raise UserError(f"{self.path} belongs to a run on other data: {name} ({was}, here {now})")
 
     def check_teacher(self, teacher: dict) -> None:
-        """UserError if the checkpoint's run was distilled from another teacher than the one described."""
+        """UserError if the teacher described differs between the ranks, or from that of the checkpoint's run."""
+        check_same({f"the teacher's {name}": value for name, value in teacher.items()}, "all need the same file")
         then = self.state.get("teacher", {}) if self.state else teacher
         differing = [
             f"its {name} was {then.get(name)}, is {now}" for name, now in teacher.items() if then.get(name) != now
@@ -79,6 +89,7 @@ class Start:
             load_weights(self.path, self.state, model, ema and ema.module)
         elif self.path:
             self.source = load_initialization(self.path, model, options)
+            check_same({"the sha256 of --initialize": self.source["sha256"]}, "all need the same file")
             if ema:
                 ema.set(model)
 
@@ -89,6 +100,12 @@ class Start:
         check_same_optimizer(self.path, trainer.optimizer, self.state["optimizer"])
         trainer.load_state(self.state)
         log.info("resumed from %s, after %d updates", self.path, self.state["step"])
+        then, now = self.state["threads"], torch.get_num_threads()
+        if trainer.precision.device.type == "cpu" and then not in (now, 0):
+            message = (
+                "%d threads per process instead of %d (OMP_NUM_THREADS): the weights will differ in their last bits"
+            )
+            log.warning(message, now, then)
         return Progress.after(self.state, steps)
 
     def bring_best(self, folder: Path) -> dict[str, float]:
@@ -107,10 +124,9 @@ def find_start(options: argparse.Namespace, output_dir: Path | None) -> Start:
     file = fetch_once(resume) if resume else None
     checkpoint = find_checkpoint(resume, output_dir, file=file, auto_resume=auto_resume, training=training)
     path, state = checkpoint or (None, None)
-    positions = distributed.of_all_ranks(path and (path.name, state["step"]))
-    if len(set(positions)) > 1:
-        listed = ", ".join("none" if position is None else position[0] for position in positions)
-        raise UserError(f"the processes found different checkpoints ({listed}): all nodes must share --output_dir")
+    check_same({"the checkpoint": path and path.name, "its step": state and state["step"]}, SHARE)
+    if state and distributed.world_size() > 1:
+        check_same({"the sha256 of the checkpoint": sha256_of(path)}, SHARE)
     if state:
         return Start(path, state, state.get("initialization"))
     return Start(fetch_once(options.initialize)) if options.initialize else Start()
@@ -238,9 +254,6 @@ def check_unused(folder: Path, options: dict) -> None:
         lost = True
     if lost:
         raise UserError(f"--output_dir {folder} has the log.txt of another run: name another folder")
-
-
-# ---- loading ----
 
 
 def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
