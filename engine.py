@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,14 +18,13 @@ from options import Settings
 from training.checkpoint import Progress
 from training.distill import Distillation, WithDistiller
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size
-from training.meters import DeviceSums, Speed, count_in_top
+from training.meters import DeviceSums, Speed, count_in_top, stop_if_not_finite
 from training.precision import Precision
 from training.probe import LinearProbe
-from utils import Stopped, Stream, UserError, derive_seed
+from utils import Stopped, Stream, derive_seed
 
 log = logging.getLogger(__name__)
 
-SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: after so many, no scale will work
 TERMS = ("task_loss", "distillation_loss")  # add up to the loss if there is a teacher
 MEANS = ("loss", "grad_norm", *TERMS)  # over updates and ranks
 
@@ -93,6 +93,14 @@ class Trainer:
         scaler = {"scaler": self.precision.scaler.state_dict(), "skips_in_a_row": int(self.skips_in_a_row)}
         return state | {"optimizer": self.optimizer.state_dict()} | scaler
 
+    def is_finite(self) -> Tensor:
+        """Return, without a wait, whether the weights, their average and the optimizer's state are finite; bool []."""
+        averaged = () if self.ema is None else self.ema.module.state_dict().values()
+        values = [*self.model.state_dict().values(), *averaged]
+        values += [value for state in self.optimizer.state.values() for value in state.values()]
+        floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        return torch.nn.utils.get_total_norm(floats, math.inf).isfinite()
+
     def load_state(self, state: dict) -> None:
         """Load what `state` returned, except the weights, which were loaded before the model was compiled."""
         self.optimizer.load_state_dict(state["optimizer"])
@@ -109,8 +117,8 @@ def train_one_epoch(
 
     `batches` yields `(steps - progress.done) * update_freq` batches of (images [batch, 3, H, W], class numbers [batch]).
     The host waits for the device only at log steps: every `log_freq` updates, every `save_freq`, and at the end. There
-    it updates `progress` and calls `report(step, lr, means, images_per_second)`. UserError on all ranks if a loss or
-    gradient was not finite; its update was not applied. `save()` is called every `save_freq` updates, and before all
+    it updates `progress` and calls `report(step, lr, means, images_per_second)`. NotFinite on all ranks if a loss or
+    gradient was not finite, so that its update was not applied, or if weights are not after it. `save()` is called every `save_freq` updates, and before all
     ranks raise Stopped because one of them was asked to stop.
     """
     trainer.model.train()
@@ -153,7 +161,9 @@ class Window:
 
     def __init__(self, trainer: Trainer):
         device, terms = trainer.precision.device, TERMS if isinstance(trainer.criterion, Distillation) else ()
-        self.sums = DeviceSums(("loss", "correct", "grad_norm", "bad_loss", "bad_grad", *terms, "stop"), device)
+        self.sums = DeviceSums(
+            ("loss", "correct", "grad_norm", "bad_loss", "bad_grad", *terms, "bad_weights", "stop"), device
+        )
         self.longest = torch.zeros((), device=device)  # most updates in a row that were not applied
 
     def add(self, trainer: Trainer, losses: Tensor, correct: Tensor, grad_norm: Tensor) -> None:
@@ -163,13 +173,14 @@ class Window:
         trainer.skips_in_a_row = (trainer.skips_in_a_row + 1) * bad_grad
         self.longest = torch.maximum(self.longest, trainer.skips_in_a_row)
         finite_norm = torch.where(bad_grad, 0.0, grad_norm)
-        self.sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, *terms, torch.zeros_like(loss))
+        self.sums.add(loss, correct, finite_norm, ~loss.isfinite(), bad_grad, *terms)
 
     def read(self, trainer: Trainer, where: str) -> tuple[dict[str, float], bool]:
-        """Return the sums, and whether a rank was asked to stop. UserError on all ranks if an update was not finite."""
+        """Return the sums, and whether a rank was asked to stop. NotFinite on all ranks if an update was not finite."""
+        self.sums.values[-2] += ~trainer.is_finite().to(self.sums.values.device)
         self.sums.values[-1] += trainer.asked_to_stop()
         sums = self.sums.read()
-        _stop_if_not_finite(sums, self.longest, trainer.precision.scales_loss, where)
+        stop_if_not_finite(sums, self.longest, trainer.precision.scales_loss, where)
         figures = {name: sums[name] / world_size() for name in MEANS if name in sums}
         return figures | {"correct": sums["correct"]}, bool(sums["stop"])
 
@@ -233,19 +244,6 @@ def _update(trainer: Trainer, step: int) -> Tensor:
     if trainer.ema is not None:
         trainer.ema.update(trainer.bare_model)
     return norm
-
-
-def _stop_if_not_finite(sums: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
-    """UserError if an update since the last reading was not finite. `sums` is the same on all ranks, so all raise."""
-    advice = "nothing of that was saved: try a lower --lr or --clip_grad 1"
-    if sums["bad_loss"]:
-        raise UserError(f"the loss was not finite {where}; {advice}")
-    if sums["bad_grad"] and not skips_allowed:
-        raise UserError(f"a gradient was not finite {where}; {advice}")
-    if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
-        raise UserError(
-            f"float16 gradients overflowed {int(longest.item())} times in a row {where}: try --amp_dtype bfloat16"
-        )
 
 
 def _means(sums: dict[str, float], steps: int, hard_targets: bool) -> dict[str, float]:

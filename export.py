@@ -27,6 +27,7 @@ from PIL import Image
 from datasets import FOLDERS, load_images
 from deploy.exported import CONFIG, MARK, ONNX, WEIGHTS, Exported, from_run, read_config
 from deploy.ways import Way, accuracies, differences, missing, open_ways, write_onnx
+from files import check_creatable, write_together
 from images.images import Images
 from images.settings import View
 from images.transforms import eval_transform
@@ -34,7 +35,7 @@ from models.build import build_model, constructor_arguments
 from models.fit import check_fit
 from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from training.teacher import check_same_classes
-from utils import UserError, check_creatable, json_lines, run_script, start_logging, write_together
+from utils import UserError, json_lines, run_script, start_logging
 
 log = logging.getLogger(__name__)
 

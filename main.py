@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,14 +38,16 @@ from models.initial import initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options import computes_features_once, plain, settled
 from training import distributed
-from training import folder as run_folder
 from training.agreement import check_options
-from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer
+from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer, saving_first
 from training.compiler import check_compiler
 from training.distill import Distillation, make_criterion
 from training.evaluation import evaluation_options, reported
+from training.folder import RunFolder, opened, write_config
 from training.log import EpochLog, make_reporter, report_best
 from training.memory import memory_errors_explained
+from training.meters import NotFinite
+from training.ownership import way_on
 from training.place import lone_task
 from training.precision import Precision
 from training.probe import make_probe
@@ -70,28 +73,30 @@ def main(argv: list[str] | None = None) -> dict:
             log.warning(remark)
         warn_of_cap(options.num_workers)
         with contextlib.ExitStack() as stack, memory_errors_explained(options, device):
-            output_dir = Path(options.output_dir) if options.output_dir else None
+            output_dir, folder = Path(options.output_dir) if options.output_dir else None, None
             if output_dir and not options.eval:  # an evaluation writes nothing
                 with distributed.main_first():
                     if distributed.is_main():
-                        stack.enter_context(run_folder.opened(output_dir))
+                        folder = stack.enter_context(opened(output_dir))
             try:
                 start = find_start(options, output_dir)
                 if options.eval:
                     options = evaluation_options(argv, options, start)
-                return run(options, start, device, output_dir, stop)
+                return run(options, start, device, folder, stop)
             except Stopped as stopped:
-                report_stop(stopped, stop.asked, output_dir if options.save_ckpt else None)
+                report_stop(stopped, stop.asked, folder if options.save_ckpt else None)
                 raise
+            except NotFinite as error:
+                raise UserError(f"{error}; {way_on(output_dir)}") from error
 
 
 def run(
-    options: argparse.Namespace, start: Start, device: torch.device, output_dir: Path | None, stop: StopSignals
+    options: argparse.Namespace, start: Start, device: torch.device, folder: RunFolder | None, stop: StopSignals
 ) -> dict:
-    """Make one run, from where it starts to its last checkpoint."""
+    """Make one run, from where it starts to its last checkpoint; only the main process has its folder."""
     precision = Precision.choose(device, options.use_amp, options.amp_dtype)
     given = plain(options)
-    update_freq = options.update_freq if options.eval else start.check_settings(given, output_dir, precision.name)
+    update_freq = options.update_freq if options.eval else start.check_settings(given, precision.name)
     total_batch = options.batch_size * update_freq * distributed.world_size()
     options = settled(options, total_batch)
     in_effect = {"lr": options.lr, "images_per_update": total_batch, "precision": precision.name}
@@ -124,22 +129,21 @@ def run(
         return start.state["metrics"]
     about = {"options": given, "initialization": start.source} | teacher
     machine = environment(device, distributed.world_size())
-    if output_dir and distributed.is_main():
+    if folder:
         in_effect |= counts(num_classes, about_data)
-        found = {"in_effect": in_effect, "environment": machine, "revision": revision()}
-        run_folder.write_config(output_dir, about | found)
-        progress.best = start.bring_best(output_dir)
+        write_config(folder, about | {"in_effect": in_effect, "environment": machine, "revision": revision()})
+        progress.best = start.bring_best(folder)
     if computes_features_once(options):
         train_loader, val_loader = on_features(options, model, precision, train_images, train_loader, val_loader)
     stop.defer()
     origin = about | {"data": about_data, "update_freq": update_freq, "precision": precision.name}
     origin |= {name: machine[name] for name in ("processes", "threads")}
-    return train(options, output_dir, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
+    return train(options, folder, trainer, train_loader, val_loader, (train_images, val_images), progress, origin)
 
 
 def train(
     options: argparse.Namespace,
-    output_dir: Path | None,
+    folder: RunFolder | None,
     trainer: Trainer,
     train_loader,
     val_loader,
@@ -151,21 +155,21 @@ def train(
 
     `images` are those that the loaders load. `origin` is what each checkpoint says of the run: options, data, precision.
     """
-    steps, folder = train_loader.batch_sampler.steps_per_epoch, output_dir if distributed.is_main() else None
-    epoch_log = EpochLog(folder / "log.txt", progress.epoch) if folder else None
+    steps = train_loader.batch_sampler.steps_per_epoch
+    epoch_log = EpochLog(folder, progress.epoch) if folder else None
     freq, keep = options.save_ckpt_freq, options.save_ckpt_num
     checkpoints = Checkpoints(folder, origin, options.epochs, freq, keep) if folder and options.save_ckpt else None
 
-    def save(metrics: dict | None = None, improved: Sequence[str] = ()) -> None:
-        """Save a checkpoint, inside an epoch or, with its `metrics`, at its end; also as the best by each of `improved`."""
+    def save(metrics: dict | None = None, improved: Sequence[str] = (), *, alone: bool = False) -> None:
+        """Save inside an epoch or, with its `metrics`, at its end; `alone` after an error that other ranks may not have."""
         state = progress.state(steps, metrics)
         if options.bad_images == "skip":
-            state["bad_images"] = bad_of_all_ranks(images[0])  # a collective: every rank calls `save`
+            state["bad_images"] = images[0].bad_images() if alone else bad_of_all_ranks(images[0])
         if checkpoints:
             checkpoints.save(trainer.state() | state, improved)
 
     first_step = progress.epoch * steps + progress.done
-    with contextlib.closing(make_reporter(options, output_dir, steps, first_step)) as reporter:
+    with contextlib.closing(make_reporter(options, folder, steps, first_step)) as reporter:
         while progress.epoch < options.epochs:
             progress.start_epoch()
             reporter.start_epoch(progress.epoch, progress.done)
@@ -179,8 +183,8 @@ def train(
             save(record, improved)
             progress.end_epoch()
         if options.wandb_ckpt:
-            reporter.store(output_dir / BEST_CHECKPOINTS["test_acc1"])
-    report_best(progress.best, progress.best_epochs, output_dir if options.save_ckpt else None)
+            reporter.store(Path(options.output_dir, BEST_CHECKPOINTS["test_acc1"]))
+    report_best(progress.best, progress.best_epochs, checkpoints and folder.path)
     return record
 
 
@@ -200,11 +204,11 @@ def train_and_evaluate(
     means = train_one_epoch(trainer, train_loader, progress, steps=steps, report=report, save=save)
     record = {f"train_{name}": value for name, value in means.items()}
     if val_loader:
-        try:
-            record |= evaluate_all(options, model, trainer.ema, val_loader, trainer.precision, trainer.asked_to_stop)
-        except Stopped:
-            save()  # a run resumed from here begins with the evaluation
-            raise
+        with saving_first(save):
+            measured = evaluate_all(options, model, trainer.ema, val_loader, trainer.precision, trainer.asked_to_stop)
+        if not all(map(math.isfinite, measured.values())):  # weights may be finite and yet too large to compute with
+            raise NotFinite(f"the test loss was not finite after epoch {progress.epoch}")
+        record |= measured
     record |= {"epoch": progress.epoch, "step": (progress.epoch + 1) * steps, "n_parameters": count_parameters(model)}
     return record | {"epoch_seconds": progress.seconds()}
 

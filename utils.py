@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST_ERROR = 1000  # characters
+# errors of a file system that the code around a file did not expect: no permission, a name too long, a disk that failed
+REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
 STOPPED = 75  # the exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
@@ -130,56 +132,6 @@ def json_lines(value: object, levels: int) -> str:
     return "{\n" + textwrap.indent(",\n".join(entries), " ") + "\n}"
 
 
-def check_creatable(path: Path, problem: str) -> None:
-    """UserError that begins with `problem` if the nearest existing folder above `path` cannot be written to."""
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"{problem}: {nearest} is not a folder that can be written to")
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path`, which at any moment holds either the old or the new file. UserError if that fails."""
-    write_together({path: content})
-
-
-def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
-    """Write each content to its path, all in one folder. UserError, with all files as before, if one cannot be written.
-
-    All temporary files are complete before the first is renamed. So only a crash between two renames, which follow the
-    order of `files`, can leave some files old and some new.
-    """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, content in files.items():
-            with open(temporaries[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException as error:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{path} could not be written ({first_line(error)}); what was there before is untouched"
-            ) from error
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in the folder survive a power cut, if its file system can promise that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise UserError(f"{folder}: what was written there may not be safe yet ({first_line(error)})") from error
-    finally:
-        os.close(descriptor)
-
-
 def start_logging(*, quiet: bool = False) -> None:
     """Log to stderr, without prefixes, from level INFO on; with `quiet`, as on ranks other than 0, only errors."""
     logging.basicConfig(format="%(message)s")
@@ -247,6 +199,8 @@ def _explain(error: Exception) -> str | None:
         return f"out of memory ({first_line(error)})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"what is printed, or a temporary file, cannot be written: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        return f"{error.filename}: {error.strerror}"
     # torch raises this in whatever line the training process is at when a worker dies
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         cause = first_line(error)

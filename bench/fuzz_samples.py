@@ -159,7 +159,7 @@ def make_samples(folder: Path) -> dict[str, Sample]:
     plain = written("w.safetensors", lambda path: safetensors.torch.save_file(teacher, path))
     index = written("model.safetensors.index.json", lambda path: save_index(teacher, path))
     pair = written("vit.pth", lambda path: initialization.write_initialization(path, student, description))
-    saved = written("checkpoint-3.pth", lambda path: checkpoint.save_checkpoint(path, state))
+    saved = written("checkpoint-3.pth", lambda path: path.write_bytes(checkpoint.to_bytes(state)))
     npz = written("vit.npz", lambda path: np.savez(path, **arrays()))
     (folder / "vit.npz").write_bytes(npz["vit.npz"])
     whole_state = flat({"format": checkpoint.CHECKPOINT_FORMAT, **state})

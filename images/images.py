@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -21,12 +22,15 @@ log = logging.getLogger(__name__)
 # after so many the disk is gone, or a whole folder was not copied, and skipping on would hide it
 BAD_IN_A_ROW = 100
 ROWS_AT_ONCE = 1 << 14  # of a list of paths: few megabytes, which a processor's cache holds
-# too many open files, no memory: the machine is short of something, and the image may be readable a moment later
-_MACHINE_IS_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+# Errors of the system about the file itself. Any other, such as a stale handle, a lost connection, too many open files or
+# an exhausted memory, is about the disk, the network or the machine: the image may be readable a moment later.
+ABOUT_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+ABOUT_THE_FILE |= {errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG}
+PAUSES = (0.1, 1.0, 5.0)  # seconds before the next tries to read an image after such an error
 
 
 class BadImage(UserError):
-    """An image cannot be decoded. The message is one line that names it, also if a worker process raised it."""
+    """An image cannot be read. The message is one line that names it, also if a worker process raised it."""
 
     def __init__(self, text: str):
         # a DataLoader raises a worker's error again with the whole traceback as its text; the last line is the message
@@ -84,8 +88,7 @@ class Images:
             try:
                 return self._read(candidate, decode)
             except BadImage as error:
-                cause = error.__cause__
-                if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in _MACHINE_IS_SHORT:
+                if not _is_about_the_file(error.__cause__):
                     raise
                 # log.error, because ranks other than 0 log nothing below, and this rank alone may read this image
                 log.error("%s; the next one takes its place", error)
@@ -93,20 +96,27 @@ class Images:
         first, last = self.describe(candidates[0]), self.describe(candidates[-1])
         raise BadImage(f"{len(candidates)} consecutive images could not be read ({first} to {last})")
 
-    def _read(self, index: int, decode: Callable) -> tuple:
-        position = int(self._indices[index])
+    def _read(self, index: int, decode: Callable, pauses: Sequence[float] = PAUSES) -> tuple:
+        """Read one image; after an error that is not about its file, again after each of the pauses. Or raise BadImage."""
         try:
-            if self._paths is None:
-                image = decode(prepared(self._source[position][0], upright=self._upright))
-            else:
-                path = os.fsdecode(self._paths[position])
-                with open(path, "rb", opener=_open_without_waiting) as file, open_image(file) as opened:
-                    image = decode(prepared(opened, upright=self._upright))
+            return self._decode(index, decode), int(self._labels[self._indices[index]])
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            passing = not _is_about_the_file(error)
+            if passing and pauses:
+                time.sleep(pauses[0])
+                return self._read(index, decode, pauses[1:])
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             reason = " ".join(reason.split())
-            raise BadImage(f"cannot read {self.describe(index)} ({reason})") from error
-        return image, int(self._labels[position])
+            tried = f"; tried {len(PAUSES) + 1} times, the disk or the network may be at fault" if passing else ""
+            raise BadImage(f"cannot read {self.describe(index)} ({reason}){tried}") from error
+
+    def _decode(self, index: int, decode: Callable) -> object:
+        position = int(self._indices[index])
+        if self._paths is None:
+            return decode(prepared(self._source[position][0], upright=self._upright))
+        path = os.fsdecode(self._paths[position])
+        with open(path, "rb", opener=_open_without_waiting) as file, open_image(file) as opened:
+            return decode(prepared(opened, upright=self._upright))
 
     def upright(self) -> "Images":
         """Return the same set, but each image turned as its EXIF orientation says, not as its pixels are stored."""
@@ -179,6 +189,14 @@ def count_bad(images: tuple[Images, Images | None]) -> dict[str, int]:
     """Count the training and the evaluation images that no process could read; a collective."""
     parts = zip(("train", "test"), images, strict=True)
     return {f"{name}_bad_images": len(bad_of_all_ranks(part)) for name, part in parts if part}
+
+
+def _is_about_the_file(error: BaseException) -> bool:
+    """Return whether the image itself is at fault for an error in reading it, not the disk, the network or the machine."""
+    if isinstance(error, (MemoryError, ConnectionError, TimeoutError)):
+        return False
+    # decoders raise OSError too, but without a number
+    return getattr(error, "errno", None) is None or error.errno in ABOUT_THE_FILE
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

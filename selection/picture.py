@@ -1,6 +1,7 @@
 """The picture that --plot draws: which of the teacher's layers, channels, heads and hidden units are kept; a refit."""
 
 import io
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, check_creatable, write_atomically
+from files import check_creatable, write_atomically
+from utils import UserError
 
 # in pixels of a PNG
 DPI, WIDTH, MARGIN, ROW = 150, 2336, 40, 32
@@ -126,7 +128,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from error
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"--plot {path} is a folder")
     check_creatable(path, f"--plot {path} cannot be written")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from files import write_atomically
 from options import Parser
-from utils import run_script, write_atomically
+from utils import run_script
 from weightfiles.lazy import open_weights
 
 

@@ -23,7 +23,9 @@ from images.order import TrainBatches
 from images.transforms import build_mixer
 from optim_factory import create_optimizer
 from options import training_options
+from training import meters
 from training.checkpoint import Progress
+from training.folder import opened
 from training.log import EpochLog, summary
 from training.meters import DeviceSums, count_in_top
 from training.precision import Precision
@@ -278,7 +280,7 @@ def test_float16_skips_an_overflow_and_goes_on():
 
 
 def test_float16_skips_in_a_row_are_counted_over_epochs(monkeypatch):
-    monkeypatch.setattr(engine, "SKIPS_IN_A_ROW", 5)
+    monkeypatch.setattr(meters, "SKIPS_IN_A_ROW", 5)
     trainer = make_trainer(tiny_model(), "--log_freq 8", dtype=torch.float16, criterion=BadAt(None, "gradient"))
     train(trainer, batches_of(4))
     with pytest.raises(UserError, match="float16 gradients overflowed 8 times in a row .*try --amp_dtype bfloat16"):
@@ -329,8 +331,9 @@ def test_precision_is_chosen_by_device_and_name(monkeypatch, caplog):
 
 def test_log_keeps_each_epoch_once_and_drops_what_a_crash_left(tmp_path):
     path = tmp_path / "log.txt"
-    path.write_text('{"epoch": 0, "a": 1}\n\x00garbage\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a"')
-    EpochLog(path, 1).append({"epoch": 1, "a": math.nan})
+    path.write_text('\ufeff{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a"', encoding="utf-8")
+    with opened(tmp_path) as folder:
+        EpochLog(folder, 1).append({"epoch": 1, "a": math.nan})
     assert path.read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": null}\n'
 
 

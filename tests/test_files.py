@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from weight_files import assert_refused, flip
 
-from training.checkpoint import NEWER, STATE, numbered_checkpoints, read_checkpoint, save_checkpoint, save_numbered
+from files import write_atomically
+from training.checkpoint import NEWER, STATE, numbered_checkpoints, read_checkpoint, save_numbered, to_bytes
+from training.folder import opened
 from training.start import find_checkpoint
-from utils import UserError, write_atomically
+from utils import UserError
 from weightfiles.initialization import find_initialization, read_initialization, write_initialization
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
@@ -107,6 +109,13 @@ def test_folder_that_cannot_be_synced_is_named(number, raised, tmp_path, monkeyp
 # ---- checkpoints ----
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """The test's folder as a run's."""
+    with opened(tmp_path) as folder:
+        yield folder
+
+
 def state_of(epoch):
     return {name: kind() for name, kind in STATE.items()} | NEWER | {"epoch": epoch, "model": TENSORS}
 
@@ -116,9 +125,9 @@ def find(folder, resume="", **options):
     return find_checkpoint(str(resume), folder, **options)
 
 
-def test_newest_readable_checkpoint_is_found(tmp_path, caplog):
+def test_newest_readable_checkpoint_is_found(folder, tmp_path, caplog):
     for epoch in (8, 9, 10):
-        save_numbered(tmp_path, state_of(epoch), keep=5)
+        save_numbered(folder, state_of(epoch), keep=5)
     newest = tmp_path / "checkpoint-10.pth"
     assert find(tmp_path)[0] == newest
     newest.write_bytes(newest.read_bytes()[:-200])
@@ -130,34 +139,34 @@ def test_newest_readable_checkpoint_is_found(tmp_path, caplog):
     with pytest.raises(UserError, match="none of the 3 checkpoints"):
         find(tmp_path)
     good = tmp_path / "elsewhere.pth"
-    save_checkpoint(good, state_of(10))
+    good.write_bytes(to_bytes(state_of(10)))
     caplog.clear()
     assert find(tmp_path, good)[0] == good
     assert caplog.text.count("trying the one before it") == 2 and caplog.text.count("WARNING") == 3
 
 
-def test_oldest_checkpoints_go_and_the_best_stays(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint-best.pth", state_of(2))
+def test_oldest_checkpoints_go_and_the_best_stays(folder, tmp_path):
+    (tmp_path / "checkpoint-best.pth").write_bytes(to_bytes(state_of(2)))
     for epoch in range(12):
-        save_numbered(tmp_path, state_of(epoch), keep=2)
+        save_numbered(folder, state_of(epoch), keep=2)
     within = {"sums": {"loss": 1.0}}
     for step in (1230, 1240):
-        save_numbered(tmp_path, state_of(12) | {"step": step} | within, keep=3)
+        save_numbered(folder, state_of(12) | {"step": step} | within, keep=3)
     names = ["checkpoint-12-1240.pth", "checkpoint-12-1230.pth", "checkpoint-11.pth"]
     assert [path.name for path in numbered_checkpoints(tmp_path)] == names
-    save_numbered(tmp_path, state_of(12) | {"step": 1300}, keep=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-12.pth", "checkpoint-best.pth"}
+    save_numbered(folder, state_of(12) | {"step": 1300}, keep=1)
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"checkpoint-12.pth", "checkpoint-best.pth"}
 
 
-def test_files_of_later_states_outlive_those_of_an_earlier_one(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint-7.pth", state_of(7))
-    save_numbered(tmp_path, state_of(3), keep=1)
+def test_files_of_later_states_outlive_those_of_an_earlier_one(folder, tmp_path):
+    (tmp_path / "checkpoint-7.pth").write_bytes(to_bytes(state_of(7)))
+    save_numbered(folder, state_of(3), keep=1)
     assert [path.name for path in numbered_checkpoints(tmp_path)] == ["checkpoint-7.pth", "checkpoint-3.pth"]
 
 
 def test_second_run_in_the_folder_of_another_is_refused(tmp_path):
     for epoch in (3, 4):
-        save_checkpoint(tmp_path / f"checkpoint-{epoch}.pth", state_of(epoch))
+        (tmp_path / f"checkpoint-{epoch}.pth").write_bytes(to_bytes(state_of(epoch)))
     file = tmp_path / "checkpoint-3.pth"
     with pytest.raises(UserError, match=r"--auto_resume false, but --output_dir has .*checkpoint-4"):
         find(tmp_path, auto_resume=False)
@@ -182,10 +191,10 @@ MISSING = "checkpoint-3.pth is not a valid checkpoint: `{}` is missing or has th
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused(content, message, tmp_path):
-    save_checkpoint(tmp_path / "checkpoint-3.pth", content)
+    (tmp_path / "checkpoint-3.pth").write_bytes(to_bytes(content))
     assert_refused(tmp_path / "checkpoint-3.pth", message, [read_checkpoint])
 
 
 def test_checkpoint_without_newer_parts_is_read(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint-3.pth", {k: v for k, v in state_of(3).items() if k not in NEWER})
+    (tmp_path / "checkpoint-3.pth").write_bytes(to_bytes({k: v for k, v in state_of(3).items() if k not in NEWER}))
     assert read_checkpoint(tmp_path / "checkpoint-3.pth")["sums"] == {}

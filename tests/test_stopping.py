@@ -109,7 +109,7 @@ def python(lines, *more):
 
 
 def test_lock_is_of_the_process_and_gone_with_it(train, tmp_path):
-    lines = "with folder.opened(sys.argv[1]): print('ready', flush=True); time.sleep(60)"
+    lines = "with folder.opened(folder.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     holder = python(lines, tmp_path / "run")
     try:
         with pytest.raises(UserError, match=rf"run is in use by another run \(process {holder.pid} on "):
@@ -124,7 +124,7 @@ def test_lock_is_of_the_process_and_gone_with_it(train, tmp_path):
 def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     with run_folder.opened(tmp_path / "run") as folder:
-        assert folder.is_dir()
+        assert folder.path.is_dir()
     assert "cannot be locked" in caplog.text
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # a script, a module or a folder imports only from levels below its own, and from itself
 LEVELS = [
     ["utils"],
-    ["options", "models", "optim_factory", "requirements"],
+    ["files", "options", "models", "optim_factory", "requirements"],
     ["weightfiles"],
     ["selection"],
     ["training"],

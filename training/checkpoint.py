@@ -1,20 +1,22 @@
 """The training state of a run: where it is, what a checkpoint holds, and the files."""
 
 import argparse
+import contextlib
 import io
 import logging
 import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from options import training_defaults
-from utils import UserError, write_atomically
+from training.folder import RunFolder
+from utils import Stopped, UserError, first_line
 from weightfiles.read import read_file
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class Checkpoints:
     `origin` describes the run and goes into each file: options, data, precision. The `keep` newest numbered files stay.
     """
 
-    folder: Path
+    folder: RunFolder
     origin: dict
     epochs: int
     freq: int = 1
@@ -108,17 +110,45 @@ class Checkpoints:
         """Write a state under the names of the figures that improved, and under its number if one is due."""
         state = {**state, **self.origin}
         for name in improved:
-            save_checkpoint(self.folder / BEST_CHECKPOINTS[name], state)
+            self.folder.write(BEST_CHECKPOINTS[name], to_bytes(state))
         done = state["epoch"] + 1
         if state["sums"] or done % self.freq == 0 or done == self.epochs:
             save_numbered(self.folder, state, keep=self.keep)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a training state of plain types and tensors to `path`, completely or not at all."""
+@contextlib.contextmanager
+def saving_first(save: Callable) -> Iterator[None]:
+    """Save before an evaluation's error or request to stop ends the run: resumed, it begins with the evaluation."""
+    try:
+        yield
+    except Stopped:
+        save()
+        raise
+    except Exception:
+        try:
+            save(alone=True)
+        except Exception as error:  # the evaluation's own error says why the run ends
+            log.error("the epoch before the evaluation could not be saved either: %s", first_line(error))
+        raise
+
+
+def to_bytes(state: dict) -> memoryview:
+    """Return the file that holds a training state of plain types and tensors."""
     buffer = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def begins_as_checkpoint(path: Path) -> bool:
+    """Return whether a file, be it whole or damaged, was written as a checkpoint, or is empty. UserError if not readable."""
+    try:
+        if path.exists() and not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            start = file.read(1024)  # the pickle comes first in the archive, and "format" first in the pickle
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return not start or CHECKPOINT_FORMAT.encode() in start
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -169,21 +199,36 @@ def longer(path: Path) -> str:
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """List checkpoint-<epoch>.pth and checkpoint-<epoch>-<step>.pth of a folder, newest first."""
-    files = (path for path in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+(-\d+)?", path.stem))
+    """List checkpoint-<epoch>.pth and checkpoint-<epoch>-<step>.pth of a folder, newest first; none if it does not exist.
+
+    UserError if it cannot be listed: a run must not start anew because its checkpoints are out of reach.
+    """
+    try:
+        names = os.listdir(folder)  # Path.glob finds nothing in a file, or without permission
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be searched for checkpoints: {error.strerror}") from error
+    files = (folder / name for name in names if re.fullmatch(r"checkpoint-\d+(-\d+)?\.pth", name))
     return sorted(files, key=position_in_name, reverse=True)
 
 
 def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
     """Return the first of these files that can be read, and its state; warn of each damaged one before it.
 
-    None if there is no file. UserError if there are files and none can be read.
+    None if there is no file. UserError if there are files and none can be read, or the first one is not of the epoch in
+    its name: a copy under a higher number would win over all that is saved later.
     """
     for path in paths:
         try:
-            return path, read_checkpoint(path)
+            state = read_checkpoint(path)
         except UserError as error:
             log.warning("%s%s", error, "; trying the one before it" * (path != paths[-1]))
+            continue
+        if position_of(state) != position_in_name(path):
+            named = _name_of(state)
+            raise UserError(f"{path} holds what was saved as {named}: give it another name, or remove it")
+        return path, state
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read")
     return None
@@ -198,7 +243,7 @@ def checkpoint_of(location: Path, key: str) -> Path:
         return location
     metrics = ["test_acc1_ema"] * (key == "model_ema") + ["test_acc1"]
     for path in (location / BEST_CHECKPOINTS[metric] for metric in metrics):
-        if path.exists():
+        if os.path.exists(path):
             return path
     newest = newest_checkpoint(numbered_checkpoints(location))
     if newest is None:
@@ -207,10 +252,14 @@ def checkpoint_of(location: Path, key: str) -> Path:
     return newest[0]
 
 
-def save_numbered(folder: Path, state: dict, *, keep: int) -> None:
+def save_numbered(folder: RunFolder, state: dict, *, keep: int) -> None:
     """Write a state under its number. Once it is safe, delete all numbered files up to it but the `keep` newest."""
+    folder.write(_name_of(state), to_bytes(state))
+    position = position_of(state)
+    for path in [path for path in numbered_checkpoints(folder.path) if position_in_name(path) <= position][keep:]:
+        folder.remove(path.name)
+
+
+def _name_of(state: dict) -> str:
     epoch, step = position_of(state)
-    name = f"checkpoint-{epoch}.pth" if step == math.inf else f"checkpoint-{epoch}-{step}.pth"
-    save_checkpoint(folder / name, state)
-    for path in [path for path in numbered_checkpoints(folder) if position_in_name(path) <= (epoch, step)][keep:]:
-        path.unlink(missing_ok=True)
+    return f"checkpoint-{epoch}.pth" if step == math.inf else f"checkpoint-{epoch}-{step}.pth"

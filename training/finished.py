@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from files import read_text
 from options import FREE_ON_RESUME, training_defaults
 from utils import UserError, escaped
 
@@ -47,9 +48,9 @@ def is_finished(folder: Path, epochs: int) -> bool:
     A run that was killed between the two still has to save its last checkpoint.
     """
     try:
-        *_, line = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        *_, line = read_text(folder / "log.txt").splitlines()
         last = json.loads(line)["epoch"]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return False
     checkpoints = {path.name for path in folder.glob("checkpoint-[0-9]*.pth")}
     return last == epochs - 1 and (not checkpoints or f"checkpoint-{last}.pth" in checkpoints)
@@ -58,13 +59,13 @@ def is_finished(folder: Path, epochs: int) -> bool:
 def read_run(folder: Path, metric: str) -> FinishedRun:
     """Read the finished run in `folder`; UserError says why there is none."""
     try:
-        config = json.loads(_text(folder / "config.json"))
+        config = json.loads(read_text(folder / "config.json"))
         settings = settings_of(config)
         epochs, seed = (_whole(config["options"][name]) for name in ("epochs", "seed"))
         initialize_path = _as_text((config["initialization"] or {"path": ""})["path"])
         in_effect = {name: _as_text(value) for name, value in config.get("in_effect", {}).items()}
         recipe = _as_text(config["options"].get("recipe", "paper"))
-        records = [json.loads(line) for line in _text(folder / "log.txt").splitlines()]
+        records = [json.loads(line) for line in read_text(folder / "log.txt").splitlines()]
         # main.py writes null for a value that was not finite
         values = {
             _whole(record["epoch"]): _finite(record[metric]) for record in records if record.get(metric) is not None
@@ -80,12 +81,6 @@ def read_run(folder: Path, metric: str) -> FinishedRun:
     facts = {name: value for name, value in in_effect.items() if name not in settings}
     last = values[epochs - 1]
     return FinishedRun(folder, seed, settings, facts, recipe, initialize_path, values, last)
-
-
-def _text(file: Path) -> str:
-    if file.exists() and not file.is_file():  # reading a pipe would never end
-        raise ValueError(f"{file.name} is not a regular file")
-    return file.read_text(encoding="utf-8")
 
 
 def _whole(value: object) -> int:

@@ -9,14 +9,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from files import read_text
 from options import plain
 from training import distributed
 from training.checkpoint import BEST_CHECKPOINTS
-from utils import UserError, first_line, write_atomically
+from training.folder import LOG, WANDB_ID, RunFolder, not_own
+from utils import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +26,22 @@ log = logging.getLogger(__name__)
 class EpochLog:
     """log.txt: one JSON object per epoch, each epoch once."""
 
-    def __init__(self, path: Path, first_epoch: int):
-        """Open the log of a run that continues at `first_epoch`; drop later lines, which an interrupted run left."""
-        self.path = path
+    def __init__(self, folder: RunFolder, first_epoch: int):
+        """Open the log of a run that continues at `first_epoch`; drop later lines, which an interrupted run left.
+
+        UserError if any line but the last, which a crash may have cut off, is not an epoch.
+        """
+        self.folder, file = folder, folder.path / LOG
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+            *lines, last = (read_text(file, errors="replace") if file.exists() else "").rstrip().split("\n")
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        kept = [line for line in lines if first_epoch > _epoch_in(line) >= 0]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise not_own(file) from error
+        if any(_epoch_in(line) < 0 for line in lines):
+            raise not_own(file)
+        kept = [line for line in (*lines, last) if first_epoch > _epoch_in(line) >= 0]
+        folder.write(LOG, "".join(line + "\n" for line in kept).encode())
 
     def append(self, record: dict) -> None:
         """Add an epoch. Numbers that JSON cannot express (nan, inf) become null."""
@@ -40,17 +49,11 @@ class EpochLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path} could not be written: {error.strerror}") from error
+        self.folder.append(LOG, json.dumps(record) + "\n")
 
 
 def _epoch_in(line: str) -> int:
-    """Return the epoch of a line of log.txt, or -1 if the line is damaged, as the last one may be after a crash."""
+    """Return the epoch of a line of log.txt, or -1 if the line is none."""
     try:
         epoch = json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -73,7 +76,8 @@ class Reporter:
 
             name = f"epoch {epoch}/{self.epochs - 1}"
             look = {"file": sys.stderr, "dynamic_ncols": True, "leave": False}
-            self.bar = tqdm(total=self.steps, initial=done, desc=name, unit="step", **look)
+            with self._drawing():
+                self.bar = tqdm(total=self.steps, initial=done, desc=name, unit="step", **look)
 
     def window(self, step: int, lr: float, means: dict[str, float], images_per_second: float) -> None:
         """Report at a log step; `means` are over the updates since the last call."""
@@ -82,8 +86,9 @@ class Reporter:
         left = seconds_each * ((self.epochs - self.epoch) * self.steps - done)
         ending = f"lr {lr:.2e}, {images_per_second:.0f} img/s, {timedelta(seconds=int(left))} left"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {ending}")
-            self.bar.update(done - self.bar.n)
+            with self._drawing():
+                self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {ending}")
+                self.bar.update(done - self.bar.n)
         else:
             losses = summary({f"train_{name}": value for name, value in means.items()}, {}).removeprefix("train ")
             log.info("epoch %d [%d/%d] %s, %s", self.epoch, done, self.steps, losses, ending)
@@ -112,20 +117,29 @@ class Reporter:
 
     def _remove_bar(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with self._drawing():
+                self.bar.close()
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Do without a bar from now on if nobody reads stderr any more: the training does not depend on it."""
+        try:
+            yield
+        except OSError:
+            self.with_bar, self.bar = False, None
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         for writer in self.writers:
             writer.write(scalars, step)
 
 
-def make_reporter(options: argparse.Namespace, output_dir: Path | None, steps: int, first_step: int) -> Reporter:
+def make_reporter(options: argparse.Namespace, folder: RunFolder | None, steps: int, first_step: int) -> Reporter:
     """Build the reporter of a run that continues after `first_step` updates; only the main process has a bar and writers."""
     writers, is_main = [], distributed.is_main()
     if options.log_dir and is_main:
         writers.append(TensorBoard(options.log_dir, first_step))
     if options.enable_wandb and is_main:
-        writers.append(WeightsAndBiases(options.project, plain(options), output_dir))
+        writers.append(WeightsAndBiases(options.project, plain(options), folder))
     bar = is_main and (sys.stderr.isatty() if options.progress is None else options.progress)
     return Reporter(options.epochs, steps, bar=bar, writers=writers)
 
@@ -197,35 +211,52 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars to Weights & Biases; a run resumed from the same `output_dir` continues under the same id."""
+    """Scalars to Weights & Biases; a run resumed from the same folder continues under the same id.
 
-    def __init__(self, project: str, config: dict, output_dir: Path | None):
+    Once the run has begun, no failure of wandb, such as the death of its helper process, ends the training.
+    """
+
+    def __init__(self, project: str, config: dict, folder: RunFolder | None):
         try:
             import wandb
         except ImportError as error:
             raise UserError("--enable_wandb needs the package wandb: pip install wandb") from error
-        id_file = output_dir and output_dir / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file and id_file.exists() else None
+        file = folder and folder.path / WANDB_ID
         self.wandb = wandb
         try:
-            self.run = wandb.init(project=project, config=config, dir=output_dir, id=run_id, resume="allow")
-        except wandb.Error as error:
+            run_id = read_text(file).strip() if file and file.exists() else None
+            self.run = wandb.init(project=project, config=config, dir=folder and folder.path, id=run_id, resume="allow")
+        except (wandb.Error, OSError, ValueError) as error:
             message = f"--enable_wandb: {first_line(error)}; WANDB_MODE=offline logs without an account"
             raise UserError(message) from error
-        if id_file:
-            id_file.write_text(self.run.id + "\n")
+        if folder and not run_id:
+            folder.write(WANDB_ID, f"{self.run.id}\n".encode())
 
     def write(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        self._try(lambda: self.run.log(values, step=step))
 
     def store(self, checkpoint: Path) -> None:
         """Store a checkpoint as an artifact of the run; warn if there is none."""
         if not checkpoint.exists():
             log.warning("--wandb_ckpt: there is no %s to store", checkpoint)
             return
-        artifact = self.wandb.Artifact(f"{self.run.id}-best", type="model")
-        artifact.add_file(str(checkpoint))
-        self.run.log_artifact(artifact)
+
+        def add() -> None:
+            artifact = self.wandb.Artifact(f"{self.run.id}-best", type="model")
+            artifact.add_file(str(checkpoint))
+            self.run.log_artifact(artifact)
+
+        self._try(add)
 
     def close(self) -> None:
-        self.run.finish()
+        self._try(lambda: self.run.finish())
+
+    def _try(self, action: Callable[[], object]) -> None:
+        """Do something with the run; if that fails, warn and do nothing with it from then on."""
+        if self.run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # wandb raises errors of its own and of its connection to the helper
+            log.warning("--enable_wandb: %s; nothing more is written there, the training continues", first_line(error))
+            self.run = None

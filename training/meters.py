@@ -1,4 +1,4 @@
-"""What a run measures: sums on the device, top-k counts, speed."""
+"""What a run measures: sums on the device, whether they are finite, top-k counts, speed."""
 
 import time
 from collections.abc import Sequence
@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 from training.distributed import all_sum
+from utils import UserError
+
+SKIPS_IN_A_ROW = 50  # float16's scale starts at 2^16 and halves at each skip: after so many, no scale will work
+
+
+class NotFinite(UserError):
+    """An update since the last log step was not finite; all ranks raise it."""
 
 
 class DeviceSums:
@@ -19,8 +26,8 @@ class DeviceSums:
         self.values = torch.zeros(len(self.names), dtype=dtype, device=device)
 
     def add(self, *terms: Tensor) -> None:
-        """Add one 0-d tensor to each sum, in the order of the names."""
-        self.values += torch.stack([term.detach().to(self.values.dtype) for term in terms])
+        """Add one 0-d tensor to each of the first sums, in the order of the names."""
+        self.values[: len(terms)] += torch.stack([term.detach().to(self.values.dtype) for term in terms])
 
     def read(self, *, over_ranks: bool = True) -> dict[str, float]:
         """Return the sums, over all ranks by default, and reset them to 0."""
@@ -38,6 +45,19 @@ def count_in_top(logits: Tensor, targets: Tensor, ks: Sequence[int]) -> list[Ten
     ranked = logits.topk(min(max(ks), logits.shape[1])).indices
     hits = ranked.eq(targets[:, None])  # [batch, highest k]
     return [hits[:, :k].sum() for k in ks]
+
+
+def stop_if_not_finite(sums: dict[str, float], longest: Tensor, skips_allowed: bool, where: str) -> None:
+    """NotFinite if an update since the last reading was not finite. `sums` is the same on all ranks, so all raise."""
+    if sums["bad_loss"]:
+        raise NotFinite(f"the loss was not finite {where}")
+    if sums["bad_grad"] and not skips_allowed:
+        raise NotFinite(f"a gradient was not finite {where}")
+    if skips_allowed and longest.item() > SKIPS_IN_A_ROW:
+        count = int(longest.item())
+        raise NotFinite(f"float16 gradients overflowed {count} times in a row {where}: try --amp_dtype bfloat16")
+    if sums["bad_weights"]:
+        raise NotFinite(f"weights or the optimizer's state were not finite {where.replace('in', 'after', 1)}")
 
 
 class Speed:

@@ -6,10 +6,9 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 from training import distributed
-from training.folder import write_requeue
+from training.folder import STOPPED_BY, RunFolder, write_requeue
 from utils import Stopped
 
 log = logging.getLogger(__name__)
@@ -59,16 +58,16 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def report_stop(stopped: Stopped, signal_name: str, output_dir: Path | None) -> None:
+def report_stop(stopped: Stopped, signal_name: str, folder: RunFolder | None) -> None:
     """Say why the run stopped, and mark the folder if the same command should be started again."""
-    reason = f"stopped by {signal_name or 'a signal to another process'} {stopped}"
+    reason = f"{STOPPED_BY}{signal_name or 'a signal to another process'} {stopped}"
     # Before there is anything to save, only SIGUSR1 requeues: it comes from a batch system. SIGTERM may come from a
     # launcher after another process failed.
-    requeue = output_dir and (stopped.agreed or signal_name == "SIGUSR1")
+    requeue = folder and (stopped.agreed or signal_name == "SIGUSR1")
     if distributed.is_main():
         log.warning("%s%s", reason, "; the same command continues from there" if requeue else "")
         if requeue:
-            write_requeue(output_dir, reason)
+            write_requeue(folder, reason)
     elif not stopped.agreed:
         log.error("rank %d was %s", distributed.rank(), reason)
     if stopped.agreed:  # wait for the main process to write: a launcher kills all processes once one has exited

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from models.fit import check_fit
-from options import FREE_ON_RESUME, training_defaults
+from options import training_defaults
 from training import distributed
 from training.agreement import check_same, in_short
 from training.checkpoint import (
@@ -25,9 +24,11 @@ from training.checkpoint import (
     position_of,
     read_checkpoint,
 )
+from training.folder import RunFolder
 from training.inherited import load_initialization
+from training.ownership import check_log, check_own, differing
 from training.teacher import sha256_of
-from utils import UserError, write_atomically
+from utils import UserError
 from weightfiles.hub import fetch
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,18 @@ class Start:
     state: dict | None = None
     source: dict | None = None
 
-    def check_settings(self, options: dict, output_dir: Path | None, precision: str) -> int:
-        """Return the `--update_freq` in effect. UserError if the run would not continue the one in the folder."""
+    def check_settings(self, options: dict, precision: str) -> int:
+        """Return the `--update_freq` in effect. UserError if the run would not continue the one in its folder."""
+        update_freq = options["update_freq"]
         if self.state:
             update_freq = keep_total_batch(self.state, options, distributed.world_size())
             check_same_settings(self.path, self.state, options, update_freq=update_freq, precision=precision)
-            return update_freq
-        if output_dir:
-            check_unused(output_dir, options)
-        return options["update_freq"]
+        if options["output_dir"]:
+            folder = Path(options["output_dir"])
+            check_own(folder, options, Progress.after(self.state, 0).epoch if self.state else 0)
+            if not self.state:
+                check_log(folder, options)
+        return update_freq
 
     def check_data(self, data: dict) -> None:
         """UserError if the data differ between the ranks, or from the checkpoint's; a value of None is not compared.
@@ -108,7 +112,7 @@ class Start:
             log.warning(message, now, then)
         return Progress.after(self.state, steps)
 
-    def bring_best(self, folder: Path) -> dict[str, float]:
+    def bring_best(self, folder: RunFolder) -> dict[str, float]:
         """Return the best figures of the checkpoint's run whose files are in `folder`, or can be copied there."""
         return bring_best(self.path, self.state, folder) if self.state else {}
 
@@ -168,12 +172,6 @@ def fetch_once(location: str) -> Path:
 
 
 # ---- what has to agree with the checkpoint, or with the run that was in the folder ----
-
-
-def differing(then: dict, now: dict) -> list[str]:
-    """List the options that decide the weights and differ between two runs, each as a phrase."""
-    names = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
-    return [f"--{name} was {then.get(name)}, is {now[name]}" for name in names]
 
 
 def keep_total_batch(saved: dict, options: dict, processes: int) -> int:
@@ -238,36 +236,21 @@ def check_same_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: di
         raise UserError(f"{path}: the optimizer's state does not fit this run's parameters; use another checkpoint")
 
 
-def check_unused(folder: Path, options: dict) -> None:
-    """UserError if a folder without checkpoints has another run's log, which this run would overwrite.
-
-    A log may be overwritten if its run had the same settings and ended before its first numbered checkpoint.
-    """
-    log_file = folder / "log.txt"
-    if not log_file.exists() or not log_file.stat().st_size:
-        return
-    try:
-        then = json.loads((folder / "config.json").read_text())["options"]
-        epochs = len(log_file.read_text().splitlines())  # a crash can come between the last line and its checkpoint
-        lost = not then["save_ckpt"] or epochs > then["save_ckpt_freq"] or differing(then, options)
-    except (OSError, ValueError, KeyError, TypeError):
-        lost = True
-    if lost:
-        raise UserError(f"--output_dir {folder} has the log.txt of another run: name another folder")
+# ---- loading ----
 
 
-def bring_best(path: Path, saved: dict, folder: Path) -> dict[str, float]:
+def bring_best(path: Path, saved: dict, folder: RunFolder) -> dict[str, float]:
     """Return the best figures of a run resumed from `path` whose files are in `folder`.
 
     Copy a file from the folder of `path`, unless it is of a later state than the checkpoint.
     """
     best = {}
     for metric, value in saved["best"].items():
-        target, source = folder / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
+        target, source = folder.path / BEST_CHECKPOINTS[metric], path.parent / BEST_CHECKPOINTS[metric]
         if not target.exists() and source.exists():
             try:
                 if position_of(read_checkpoint(source)) <= position_of(saved):
-                    write_atomically(target, source.read_bytes())
+                    folder.write(target.name, source.read_bytes())
             except UserError as error:
                 log.warning("%s; the best starts anew", error)
         if target.exists():

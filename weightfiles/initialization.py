@@ -1,10 +1,12 @@
 """Initialization files: weight_selection.py writes them, with a .json beside them, and --initialize reads them."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -12,13 +14,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from files import InUse, Lock, check_creatable, read_text, write_together
 from models import family_of
-from utils import UserError, check_creatable, json_lines, write_together
+from utils import UserError, first_line, json_lines
 from weightfiles.lazy import FOLDER_FILES, find_file, open_file, sha256_of
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
 from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
+LARGEST = 64 * 2**20  # bytes of a description; those of the largest pairs have a few million
+LARGEST_IN_CHECKPOINT = 10**5  # characters of the parts that go into each checkpoint of a run
+WAIT_SECONDS = 60.0  # for another process that writes the same file
 
 
 def output_path(output_dir: str, family: str) -> Path:
@@ -31,7 +37,7 @@ def output_path(output_dir: str, family: str) -> Path:
         raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
     if path.suffix not in WEIGHT_SUFFIXES:
         path = path / f"{family}.pth"
-    elif path.is_dir():
+    elif os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
     check_creatable(path, f"--output_dir {output_dir} cannot be made")
     return path
@@ -40,8 +46,8 @@ def output_path(output_dir: str, family: str) -> Path:
 def check_replaceable(path: Path) -> None:
     """Raise UserError if writing an initialization file to `path` would destroy anything but an initialization file."""
     neighbours = [path, *(path.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES if suffix != path.suffix)]
-    in_the_way = [file for file in [*neighbours, path.with_suffix(".json")] if file.exists()]
-    if in_the_way and (read_description(path) is None or any(file.exists() for file in neighbours[1:])):
+    in_the_way = [file for file in [*neighbours, path.with_suffix(".json")] if os.path.lexists(file)]
+    if in_the_way and (read_description(path) is None or any(os.path.lexists(file) for file in neighbours[1:])):
         raise UserError(
             f"--output_dir: {in_the_way[0]} is there and would be lost or left without its .json: name another file"
         )
@@ -52,7 +58,8 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
 
     If one cannot be written, both stay as they were. A crash between the two renames leaves a pair that readers refuse
     and that a second call may replace. `left_out` in the description lists the keys that are left to random init; a
-    `.safetensors` file holds that list too.
+    `.safetensors` file holds that list too. Of two processes that write the same file, one waits for the other. UserError
+    as `check_replaceable` says: what is there may have changed since the work began.
     """
     if path.suffix == ".safetensors":
         left_out = description.get("left_out")
@@ -64,15 +71,42 @@ def write_initialization(path: Path, tensors: Mapping[str, Tensor], description:
         weights = buffer.getvalue()
     sha256 = hashlib.sha256(weights).hexdigest()
     text = json_lines({"format": INITIALIZATION_FORMAT, "sha256": sha256, **description}, levels=3) + "\n"
-    write_together({path.with_suffix(".json"): text.encode(), path: weights})
+    with _alone(path):
+        check_replaceable(path)
+        write_together({path.with_suffix(".json"): text.encode(), path: weights})
     return sha256
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing an initialization file of this name; wait for one that does."""
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            lock = Lock(path.with_name(f".{path.stem}.lock"))  # .pth and .safetensors share one .json
+            break
+        except InUse as holder:
+            if time.monotonic() > end:
+                raise UserError(f"{path} is being written by another process ({holder})") from holder
+            time.sleep(0.05)
+        except OSError as error:
+            raise UserError(f"{path} could not be written ({first_line(error)})") from error
+    try:
+        yield
+    finally:
+        lock.remove()
+
+
 def read_description(path: Path) -> dict | None:
-    """Read the `.json` beside an initialization file; None if weight_selection.py did not write one."""
+    """Read the `.json` beside an initialization file; None if weight_selection.py did not write one.
+
+    UserError if it is far larger than any that weight_selection.py writes.
+    """
     file = path.with_suffix(".json")
     try:
-        content = json.loads(file.read_text()) if file.is_file() else None  # reading a pipe would never end
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{file} is larger than any description of weights: move it away")
+        content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError):
         return None
     if isinstance(content, dict) and content.get("format") == INITIALIZATION_FORMAT:
@@ -85,7 +119,10 @@ def find_initialization(location: str, family: str | None) -> Path:
     path = Path(location)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return path
-    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    try:
+        files = sorted(path / name for name in os.listdir(path) if Path(name).suffix in WEIGHT_SUFFIXES)
+    except OSError as error:
+        raise UserError(f"--initialize {path} cannot be read: {error.strerror}") from error
     fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
     if len(fitting) == 1:
         return fitting[0]
@@ -113,7 +150,7 @@ def read_initialization(
     option = f"--initialize {path}"
     description = read_description(path) or {}
     known = {key: description.get(key) for key in ("family", "student", "teacher", "choices")}
-    if not _is_plain(known):
+    if not _is_plain(known) or len(json.dumps(known)) > LARGEST_IN_CHECKPOINT:
         raise UserError(f"{option}: {path.stem}.json holds what weight_selection.py does not write: make it again")
     if known["family"] not in (None, family):
         student = known["student"] if isinstance(known["student"], dict) else {}

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import mmap
+import os
 import pickle
 import re
 import shlex
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,10 +71,13 @@ def read_file(path: Path) -> Mapping:
 def check_file(path: Path) -> None:
     """Raise UserError unless `path` is a file that has content of its own."""
     try:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+        # unlike Path.is_file, os.stat tells a missing file from one that may not be reached
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is not a file")
         with open(path, "rb") as file:
             start = file.read(LFS_BYTES)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not start:
