@@ -14,6 +14,7 @@ if __name__ == "__main__":
     require_packages()
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from deploy.exported import Exported, read_exported
 from images.folders import ENDINGS, Listing
-from images.images import Images, printable
+from images.images import BadImage, Images, printable
 from training.distributed import pick_device
 from utils import UserError, run_script, start_logging
+
+log = logging.getLogger(__name__)
 
 BATCH = 32
 
@@ -39,7 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     paths = [path for name in options.images for path in image_files(name)]
     exported = read_exported(Path(options.model), options.model_key)
     labels = exported.labels
+    bad = 0
     for path, probabilities in zip(paths, predict(exported, paths, device), strict=True):
+        if isinstance(probabilities, BadImage):
+            bad += 1
+            log.error("%s", probabilities)
+            continue
         values, classes = probabilities.topk(min(options.top, len(labels)))
         likeliest = [(labels[number], value) for number, value in zip(classes.tolist(), values.tolist(), strict=True)]
         if options.json:
@@ -47,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"image": path, "classes": entries}))
         else:
             print(f"{printable(path)}: {', '.join(f'{label} {100 * value:.1f} %' for label, value in likeliest)}")
+    if bad:
+        raise UserError(f"{bad} of {len(paths)} images could not be read")
 
 
 def image_files(name: str) -> list[str]:
@@ -64,19 +74,24 @@ def image_files(name: str) -> list[str]:
 
 
 @torch.inference_mode()
-def predict(exported: Exported, paths: list[str], device: torch.device) -> Iterator[Tensor]:
-    """Yield the probabilities [classes] of each image, in order. UserError for an image that cannot be read."""
+def predict(exported: Exported, paths: list[str], device: torch.device) -> Iterator[Tensor | BadImage]:
+    """Yield the probabilities [classes] of each image, in order, or the error of one that cannot be read."""
     model, transform = exported.build().to(device), exported.transform()
     images = Images("images", [0] * len(paths), paths=paths)
     images = images.upright() if exported.upright else images
 
-    def pixels(index: int) -> Tensor:
-        return transform(images[index][0].convert(exported.mode))
+    def pixels(index: int) -> Tensor | BadImage:
+        try:
+            return transform(images[index][0].convert(exported.mode))
+        except BadImage as error:
+            return error
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
         for start in range(0, len(paths), BATCH):
-            batch = torch.stack(list(pool.map(pixels, range(len(paths))[start : start + BATCH])))
-            yield from model(batch.to(device)).float().softmax(1).cpu()
+            batch = list(pool.map(pixels, range(len(paths))[start : start + BATCH]))
+            readable = [each for each in batch if isinstance(each, Tensor)]
+            answers = iter(model(torch.stack(readable).to(device)).float().softmax(1).cpu() if readable else ())
+            yield from (next(answers) if isinstance(each, Tensor) else each for each in batch)
 
 
 if __name__ == "__main__":

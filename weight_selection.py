@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> Path | None:
 def calibration_images(options: argparse.Namespace, teacher: Trained, student: ModelSpec, folder: Path) -> OnImages:
     """Draw the images of --data_path by --seed and keep them in a file in `folder`, as main.py's evaluation sees them."""
     images = load_unlabelled(options.data_set, options.data_path)
-    images = images.upright() if options.exif else images
+    exif = bool(options.exif or teacher.exif)  # as the teacher's run saw them
+    images = images.upright() if exif else images
     if len(images) < LEAST_IMAGES:
         raise UserError(f"--data_path {options.data_path} has {len(images)} images; at least {LEAST_IMAGES} are needed")
     chosen = permutation(len(images), Stream.CALIBRATION, options.seed)[: options.calibration_images]
@@ -226,7 +227,7 @@ def calibration_images(options: argparse.Namespace, teacher: Trained, student: M
     if teacher.mean_and_std not in (None, seen):
         text = "%s was trained with --imagenet_default_mean_and_std %s, and sees images with %s"
         log.warning(text, teacher.path, teacher.imagenet, imagenet)
-    about = {"data_set": options.data_set, "input_size": view.input_size, "exif": options.exif}
+    about = {"data_set": options.data_set, "input_size": view.input_size, "exif": exif}
     about |= {"mean": list(view.mean), "std": list(view.std)}
     calibration = Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)
     refit = Refit(options.ridge, options.refit_target, options.refit_layers) if options.refit else None

@@ -69,6 +69,12 @@ def test_file_apart_from_its_run_is_evaluated_as_given(train, tmp_path, tiny_run
     assert "random weights" not in caplog.text
 
 
+def test_folder_without_a_checkpoint_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}/mistyped has no checkpoint to evaluate"):
+        script.main(tiny_run("--eval true", output_dir=tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_damaged_options_of_a_checkpoint_are_named(train, tmp_path):
     train("--epochs 1")
     path = tmp_path / "run" / "checkpoint-0.pth"

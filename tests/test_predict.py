@@ -105,7 +105,6 @@ def test_folder_of_others_is_read_if_it_describes_its_model(run, pictures, tmp_p
     [
         ("nothing.jpg", "nothing.jpg is neither an image nor a folder"),
         ("empty", "empty: no file in this folder ends in .jpg"),
-        ("notes.jpg", "cannot read notes.jpg"),
     ],
 )
 def test_what_is_no_image_is_named(image, message, run, tmp_path, monkeypatch):
@@ -113,6 +112,14 @@ def test_what_is_no_image_is_named(image, message, run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.jpg").write_text("no image")
     assert message in error_of(predict, run, image)
+
+
+def test_image_that_cannot_be_read_costs_no_other_its_line(run, pictures, capsys, caplog):
+    (pictures / "b" / "broken.jpg").write_text("no image")
+    whole = printed(capsys, run, pictures / "a.PNG", pictures / "b" / "000.jpg", pictures / "b" / "001.jpg")
+    assert error_of(predict, run, pictures) == "1 of 4 images could not be read"
+    assert capsys.readouterr().out.splitlines() == whole
+    assert any("cannot read" in line and "broken.jpg" in line for line in caplog.messages)
 
 
 def test_average_is_refused_where_there_is_none(run, pictures, tmp_path):

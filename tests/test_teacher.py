@@ -45,6 +45,20 @@ def test_original_convnext_layout_is_read(tmp_path):
     assert_same(*selected)
 
 
+def test_what_timm_resamples_of_a_half_file_is_in_float32(tmp_path):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    weights = random_tensors(models.create("vit_tiny", kwargs), torch.float16)
+    torch.save(weights, tmp_path / "half.pth")
+    torch.save({key: tensor.float() for key, tensor in weights.items()}, tmp_path / "single.pth")
+    teacher = ModelSpec("vit_tiny", kwargs | {"img_size": 64})
+    student = ModelSpec("vit_tiny", kwargs | {"img_size": 64, "embed_dim": 16, "num_heads": 1})
+    half, single = (
+        select_weights(teacher, student, pretrained_path=str(tmp_path / name))[0] for name in ("half.pth", "single.pth")
+    )
+    assert half["pos_embed"].dtype == torch.float32 and torch.equal(half["pos_embed"], single["pos_embed"])
+    assert half["norm.weight"].dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -27,7 +27,8 @@ def run(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "run"
     words = "--data_set image_folder --input_size 32 --epochs 2 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu"
     words += (
-        " --imagenet_default_mean_and_std false --model_ema true --model_ema_decay 0.5 --model vit_tiny --model_kwargs"
+        " --imagenet_default_mean_and_std false --exif true --model_ema true --model_ema_decay 0.5 --model vit_tiny"
+        " --model_kwargs"
     )
     script.main([*words.split(), *(f"{key}={value}" for key, value in SHAPE.items()), "--data_path", str(image_folder),
                  "--output_dir", str(folder)])  # fmt: skip
@@ -166,7 +167,8 @@ def test_printed_command_trains_from_every_tensor(run, image_folder, tmp_path, c
         and "resampled" not in caplog.text
     )
     options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
-    assert (options["input_size"], options["imagenet_default_mean_and_std"]) == (32, False)  # the run's
+    seen = options["input_size"], options["imagenet_default_mean_and_std"], options["exif"]
+    assert seen == (32, False, True)  # the run's
 
 
 def test_printed_command_is_short_from_the_projects_folder(tmp_path, capsys, monkeypatch):

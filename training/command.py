@@ -28,6 +28,6 @@ def how_to_train(options: argparse.Namespace, teacher: Trained, student: ModelSp
     imagenet = options.imagenet_default_mean_and_std if needs_images(options) else teacher.imagenet
     if imagenet is False:
         words += ["--imagenet_default_mean_and_std", "false"]
-    if options.exif:
+    if options.exif or teacher.exif:
         words += ["--exif", "true"]
     return f"to train from it, add --data_path to:\n{shlex.join(words)}"

@@ -8,6 +8,7 @@ from options import FREE_IN_EVALUATION, plain, training_defaults, training_optio
 from training.checkpoint import BEST_CHECKPOINTS, options_of
 from training.log import summary
 from training.start import Start
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +18,12 @@ def evaluation_options(argv: list[str] | None, given: argparse.Namespace, start:
 
     `given` is what `argv` alone says. A `--data_path` in it also replaces the run's `--eval_data_path`.
     Log which checkpoint it is, and the given options that differ from the run's. Without a checkpoint the others have
-    their defaults, and the log says that the weights are random unless they are those of `--initialize`.
+    their defaults, and the log says that the weights are random unless they are those of `--initialize`. UserError if an
+    `--output_dir` is given and has none.
     """
     if not start.state:
+        if given.output_dir and not start.path:
+            raise UserError(f"--output_dir {given.output_dir} has no checkpoint to evaluate")
         if not start.path:
             log.warning("--eval true without --resume, --initialize or a checkpoint in --output_dir: random weights")
         return training_options(argv, run={})

@@ -24,6 +24,7 @@ class Trained:
     classes: list[str] | int | None = None
     input_size: int | None = None
     imagenet: bool | None = None  # whether its images were normalized by ImageNet's mean and std
+    exif: bool | None = None  # whether they were turned as their EXIF orientation says
 
     @property
     def channels(self) -> int:
@@ -82,7 +83,8 @@ def _read_run(path: Path, state: dict, option: str) -> Trained:
         raise UserError(f"{option} {path}: the options or classes in this checkpoint are damaged")
     if "img_size" not in kwargs and models.takes_image_size(models.create(name, kwargs, device="meta")):
         kwargs = kwargs | {"img_size": size}
-    return Trained(name, kwargs, path, classes, size, bool(then["imagenet_default_mean_and_std"]))
+    seen = bool(then["imagenet_default_mean_and_std"]), bool(then["exif"])
+    return Trained(name, kwargs, path, classes, size, *seen)
 
 
 def _check_kwargs(run: Trained, kwargs: dict, options: str) -> None:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from utils import UserError
-from weightfiles.layouts import Converted, to_timm
+from weightfiles.layouts import RESAMPLED, Converted, to_timm
+from weightfiles.layouts.layout import widened
 from weightfiles.lazy import Weights
 
 LARGEST_PATCH = 64  # pixels on a side
@@ -21,11 +22,13 @@ def by_timm(weights: Weights, model: nn.Module) -> Converted | None:
     family = models.family_of(model)
     if family is None or models.FAMILIES[family].converter is None:
         return None
-    tensors = dict(weights)
+    tensors, convert = dict(weights), models.FAMILIES[family].converter
     try:  # with a copy, because some take keys out of what they are given
-        converted = Weights.in_memory(
-            models.FAMILIES[family].converter(dict(tensors), model), "timm converts its layout"
-        )
+        made = convert(dict(tensors), model)
+        if computed := _computed(made, tensors):  # in float32, whatever the file's precision
+            wide = convert({key: widened(tensor) for key, tensor in tensors.items()}, model)
+            made |= {key: wide[key] for key in computed}
+        converted = Weights.in_memory(made, "timm converts its layout")
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None  # what timm's converters make of other layouts
     # renamed tensors keep their place in memory; a position embedding may be renamed and resized at once
@@ -40,6 +43,13 @@ def by_timm(weights: Weights, model: nn.Module) -> Converted | None:
             remarks.append(f"timm made {list(new)} of {key} {list(old)}: is it a file of this model?")
     layout = "timm" if converted.shapes.keys() <= weights.shapes.keys() else "original"
     return Converted(converted, layout, unused, remarks)
+
+
+def _computed(made: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """List which of the tensors that timm resamples it has made anew, in less than float32."""
+    own = {tensor.data_ptr() for tensor in tensors.values()}
+    resampled = [key for key in made if RESAMPLED.fullmatch(key) and made[key].data_ptr() not in own]
+    return [key for key in resampled if made[key].dtype != widened(made[key]).dtype]
 
 
 Converter = Callable[[Weights, nn.Module], Converted | None]

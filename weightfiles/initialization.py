@@ -33,7 +33,14 @@ def output_path(output_dir: str, family: str) -> Path:
     Raises UserError, before the work is done, if the file cannot be written there.
     """
     path = Path(output_dir)
-    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (*WEIGHT_SUFFIXES, ".bin", ".npz", ".json"):
+    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (
+        *WEIGHT_SUFFIXES,
+        ".bin",
+        ".ckpt",
+        ".npz",
+        ".tar",
+        ".json",
+    ):
         raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
     if path.suffix not in WEIGHT_SUFFIXES:
         path = path / f"{family}.pth"
