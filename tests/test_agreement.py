@@ -203,9 +203,9 @@ def test_optimizer_that_draws_keeps_two_processes_equal(in_two, tmp_path, monkey
     """Its state has random numbers of its own too: a run resumed after the first epoch has to go on with them."""
     real = script.train
 
-    def keeping(options, output_dir, trainer, *rest):
-        record = real(options, output_dir, trainer, *rest)
-        torch.save(trainer.bare_model.state_dict(), output_dir / f"rank{distributed.rank()}.pth")
+    def keeping(options, folder, trainer, *rest):
+        record = real(options, folder, trainer, *rest)
+        torch.save(trainer.bare_model.state_dict(), f"{options.output_dir}/rank{distributed.rank()}.pth")
         return record
 
     monkeypatch.setattr(script, "train", keeping)

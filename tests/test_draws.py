@@ -107,7 +107,8 @@ def test_erasing_is_distributed_as_timms(size, reprob, recount):
     count = 3000
     white = torch.full((count, 3, size, size), 255, dtype=torch.uint8)
     _, augmentation, _ = settings("--aa", "none", "--color_jitter", "0")
-    plain = SimpleNamespace(input_size=size, mean=(0, 0, 0), std=(1, 1, 1))
+    as_they_are = (0, 0, 0), (1, 1, 1)
+    plain = SimpleNamespace(input_size=size, mean=(0, 0, 0), std=(1, 1, 1), colours=as_they_are)
     erases = replace(augmentation, reprob=reprob, recount=recount, remode="const")
     augment = DeviceAugment(plain, erases, "cpu")
     erasing = RandomErasing(reprob, max_count=recount, device="cpu")

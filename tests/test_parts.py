@@ -210,11 +210,11 @@ def test_position_embedding_without_its_tokens_is_resampled(small_teacher, tmp_p
 @pytest.mark.parametrize("left_out", ["norm.weight", [1], None])
 def test_what_is_left_out_has_to_be_a_list_of_keys(left_out, small_teacher, tmp_path):
     tensors = {"norm.weight": torch.ones(24)}
-    for name, where in (("x.pth", "x.json"), ("x.safetensors", "its metadata")):
+    for name, where in (("x.pth", "x.json"), ("y.safetensors", "its metadata")):
         write_initialization(tmp_path / name, tensors, {"left_out": left_out})
-        if name == "x.safetensors":
+        if name == "y.safetensors":
             safetensors.torch.save_file(tensors, tmp_path / name, metadata={"left_out": json.dumps(left_out) + "x"})
-            (tmp_path / "x.json").unlink()
+            (tmp_path / "y.json").unlink()
         with pytest.raises(UserError, match=f"{where} holds what weight_selection.py does not write"):
             start_from(tmp_path / name)
 

@@ -173,7 +173,7 @@ fixed axis | small_mixer | small_mixer img_size=112 | | mlp_tokens.fc1.weight
 positions | vit | vit img_size=2 | | 0x0 patches: they are smaller than a patch
 leftover | convnextv2_atto | convnext_atto | | grn\.weight .* no counterpart
 leftover | vit qk_norm=True | vit | | q_norm\.weight .* no counterpart
-leftover | vit | vit pos_embed=none | | the teacher's pos_embed \[1, 17, 24\] has no counterpart
+leftover | vit | vit pos_embed='' | | the teacher's pos_embed \[1, 17, 24\] has no counterpart
 leftover | vit | vit qkv_bias=False | | blocks\.0\.attn\.qkv\.bias .* has no counterpart in the student
 no teacher tensor | vit | vit qk_norm=True | | attn\.q_norm\.weight
 no teacher tensor | resnet26 | resnet26d | | the teacher has no tensor conv1.0.weight, which the student needs
