@@ -78,7 +78,9 @@ def test_teacher_file_of_other_tensors_is_refused(key, value, message, small_tea
 
 
 def test_file_of_another_family_under_a_teachers_name_is_refused(small_teacher):
-    with pytest.raises(UserError, match=r"teacher\.pth has no layout that convnext_tiny is known in"):
+    with pytest.raises(
+        UserError, match=r"teacher\.pth has no layout that convnext_tiny is known in: it is a ViT by timm's names"
+    ):
         select_weights(ModelSpec("convnext_tiny"), ModelSpec("convnext_femto"), pretrained_path=small_teacher[0])
 
 
@@ -95,3 +97,11 @@ def test_magnitudes_that_are_not_finite_are_refused(small_teacher, tmp_path):
     torch.save(small_teacher[1], tmp_path / "nan.pth")
     with pytest.raises(UserError, match=r"norm\.weight of the teacher holds values that are not finite"):
         selected(tmp_path / "nan.pth", choices=Choices(element_selection="magnitude"))
+
+
+def test_one_of_several_shards_is_named(small_teacher, tmp_path):
+    weights = small_teacher[1]
+    name = tmp_path / "pytorch_model-00001-of-00002.bin"
+    torch.save({key: weights[key] for key in list(weights)[:5]}, name)
+    with pytest.raises(UserError, match=r"-of-00002\.bin is one of 2 shards: give their \.index\.json, or the folder"):
+        selected(name)

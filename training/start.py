@@ -17,6 +17,7 @@ from training.agreement import check_same, in_short
 from training.checkpoint import (
     BEST_CHECKPOINTS,
     Progress,
+    checkpoint_of,
     longer,
     newest_checkpoint,
     numbered_checkpoints,
@@ -126,6 +127,8 @@ def find_start(options: argparse.Namespace, output_dir: Path | None) -> Start:
     #   4. random weights.
     resume, auto_resume, training = options.resume, options.auto_resume, not options.eval
     file = fetch_once(resume) if resume else None
+    if file and options.eval:  # of a run's folder its best
+        file = checkpoint_of(file, "model")
     checkpoint = find_checkpoint(resume, output_dir, file=file, auto_resume=auto_resume, training=training)
     path, state = checkpoint or (None, None)
     check_same({"the checkpoint": path and path.name, "its step": state and state["step"]}, SHARE)

@@ -41,6 +41,16 @@ OF_ANOTHER_MODEL = re.compile(
 )
 
 
+# a key by which a file in timm's own layout tells its family, for a model of another one
+TIMMS_OTHERS = {
+    "Swin": r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.",
+    "ViT": r"blocks\.\d+\.attn\.(qkv|q_proj)\.",
+    "ConvNeXt": r"stages\.\d+\.blocks\.\d+\.conv_dw\.",
+    "MLP-Mixer": r"blocks\.\d+\.mlp_tokens\.",
+    "ResNet": r"layer\d\.\d+\.conv1\.",
+}
+
+
 class Part(NamedTuple):
     """Where in a file to search: in the first of the parts that `key` lists, among the keys that begin with `prefix`."""
 
@@ -241,12 +251,18 @@ def _groups(left_out: list[str], file: Weights, prefix: str) -> list[str]:
 
 def _problem(tried: list[Reading], weights: Weights, wanted: Wanted) -> str:
     """Say why none of these readings is the model's: how the nearest differs, or what the file's keys look like."""
+    shard = re.search(r"-\d{5}-of-(\d{5})\.\w+$", wanted.option)
+    if shard and int(shard[1]) > 1:
+        return f"{wanted.option} is one of {int(shard[1])} shards: give their .index.json, or the folder"
     nearest = max(tried, key=lambda each: each.share(wanted), default=None)
     if nearest and nearest.share(wanted) > ALIKE:
         return f"{wanted.option} {nearest.misfit(wanted)}"
     line = f"{wanted.option} has no layout that {wanted.name} is known in"
     if layout := recognize(weights):
         return f"{line}: it is a {layout.model} in {layout.library} layout"
+    for kind, key in TIMMS_OTHERS.items():
+        if any(re.search(rf"(^|\.){key}", each) for each in weights):
+            return f"{line}: it is a {kind} by timm's names"
     examples = list(dict.fromkeys(re.sub(r"(?<![A-Za-z\d])\d+", "N", key) for key in weights))  # blocks.N.norm1.bias
     known = ", ".join((TIMM, "its original release", *LIBRARIES))
     return f"{line} ({known}): its keys look like {', '.join(examples[:5])}"
