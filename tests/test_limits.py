@@ -56,7 +56,7 @@ def test_exhausted_memory_names_batch_and_image_size(error, tiny_run, monkeypatc
 
 def test_evaluation_without_memory_needs_no_update_freq(tiny_run, monkeypatch):
     failing(monkeypatch, EXHAUSTED[0])
-    assert "; lower --batch_size (CUDA out of memory" in error_of(script, *tiny_run("--eval true"))
+    assert "; lower --batch_size (CUDA out of memory" in error_of(script, *tiny_run("--eval true", output_dir=""))
 
 
 def test_other_errors_keep_their_traceback(tiny_run, monkeypatch):
