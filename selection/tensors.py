@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selection.plan import Outline, Plan
 from utils import Stream, UserError, derive_seed
+from weightfiles.read import widened
 
 
 def select(teacher: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def carry_out(steps: Iterable[tuple], tensor: Tensor, teacher: Mapping[str, Tens
     The products of a LayerScale of 1e-5 and a weight are below what float16 can hold.
     """
     if _computes(steps) and tensor.is_floating_point():
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = widened(tensor)
     for name, *arguments in steps:
         tensor = STEPS[name](tensor, teacher, indices, *arguments)
     return tensor

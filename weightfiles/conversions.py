@@ -8,8 +8,8 @@ from torch import Tensor, nn
 import models
 from utils import UserError
 from weightfiles.layouts import RESAMPLED, Converted, to_timm
-from weightfiles.layouts.layout import widened
 from weightfiles.lazy import Weights
+from weightfiles.read import widened
 
 LARGEST_PATCH = 64  # pixels on a side
 

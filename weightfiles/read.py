@@ -33,6 +33,11 @@ def shapes_of(tensors: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> 
     return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith(left_out)}
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor to compute with: in float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def flatten(content: Mapping) -> dict[str, Tensor]:
     """Return the tensors of nested mappings under their keys joined by dots; leave out what is no tensor under a string.
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import models
 from weightfiles.layouts import mmpretrain, torchvision, transformers
-from weightfiles.layouts.layout import Layout, widened
+from weightfiles.layouts.layout import Layout
 from weightfiles.lazy import Weights
-from weightfiles.read import shapes_of
+from weightfiles.read import shapes_of, widened
 
 LAYOUTS = (*transformers.LAYOUTS, *torchvision.LAYOUTS, *mmpretrain.LAYOUTS)
 LIBRARIES = tuple(dict.fromkeys(layout.library for layout in LAYOUTS))

@@ -12,11 +12,6 @@ LEAF = r"(?P<leaf>(?:\.(?:weight|bias|running_mean|running_var|num_batches_track
 UNUSED = ""  # instead of timm's name: the tensor has no counterpart there
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor to compute with: in float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How `library` names the tensors of `model`, which timm builds as a model of `family` (see models.FAMILIES).

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from weightfiles.layouts.layout import UNUSED, Layout, widened
+from weightfiles.layouts.layout import UNUSED, Layout
+from weightfiles.read import widened
 
 
 def add_position(token: Tensor, positions: Tensor) -> Tensor:
