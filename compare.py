@@ -20,11 +20,10 @@ from training.groups import (
     baseline_of,
     differences,
     group_runs,
-    listed,
     named_group,
     why_without_baseline,
 )
-from utils import UserError, run_script
+from utils import UserError, few, run_script
 
 # Okabe and Ito's palette, whose colours stay apart for the colour-blind; without its yellow, which is too pale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -220,7 +219,7 @@ def summaries_by_table(groups: list[Group], wanted: Group | None, metric: str) -
         if baseline and baseline is not group:
             compared_with["baseline"] = baseline.label if baseline.table == group.table else baseline.name
             if others := differences(group, baseline):
-                compared_with["note"] = f"{group.label} differs from its baseline in {listed(others)}."
+                compared_with["note"] = f"{group.label} differs from its baseline in {few(others)}."
         elif not group.is_random and not baseline:
             compared_with["note"] = f"No baseline for {group.label}: {why_without_baseline(group, groups)}."
         tables[group.table].append(figures | compared_with)

@@ -11,11 +11,11 @@ import numpy as np
 
 from images.folders import LAYOUT, PARTS, class_root, list_classes, list_unlabelled, too_deep
 from images.huggingface import load_hugging_face
-from images.images import Images, few
+from images.images import Images
 from images.torchvision_sets import load_row, load_torch
 from options import unknown_data_set
 from training import distributed
-from utils import Stream, UserError, permutation
+from utils import Stream, UserError, few, permutation
 
 log = logging.getLogger("images")  # Hugging Face's package has a handler on "datasets", which would repeat each line
 

@@ -119,6 +119,12 @@ def hint(name: str, names: Iterable[str]) -> str:
     return alike and f"; nearest: {alike}"
 
 
+def few(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names as text, and how many more there are."""
+    names = list(names)
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torchvision.datasets as tv
 
-from images.images import Images, few, printable
-from utils import UserError, nearest
+from images.images import Images, printable
+from utils import UserError, few, nearest
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -201,12 +201,6 @@ def _is_about_the_file(error: BaseException) -> bool:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would wait for somebody to write to it
-
-
-def few(names: Iterable[str], most: int = 5) -> str:
-    """Return the first names as text, and how many more there are."""
-    names = list(names)
-    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(path: str | bytes) -> str:

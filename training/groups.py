@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from options import RECIPES
 from training.finished import READING_IT, FinishedRun, warn
-from utils import UserError, hint
+from utils import UserError, few, hint
 
 # Groups that agree in these stand in one table.
 MODEL_AND_DATA = ("model", "model_kwargs", "data_set", "data_path", "data_fraction", "classes", "training_images")
 START = {"initialize", *READING_IT, "init"}  # settings in which a run may differ from its baseline
 OF_RECIPES = {name for values in RECIPES.values() for name in values}
-MOST_DIFFERENCES = 5  # that a line lists
 
 
 class Group(NamedTuple):
@@ -144,12 +143,6 @@ def differences(group: Group, other: Group) -> list[str]:
     ]
 
 
-def listed(differences: list[str]) -> str:
-    """Return the first differences in one phrase."""
-    more = len(differences) - MOST_DIFFERENCES
-    return ", ".join(differences[:MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-
-
 def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     """Return the random-init group that differs from this one in the initialization alone; None if there is none."""
     if group.is_random:
@@ -162,7 +155,7 @@ def why_without_baseline(group: Group, groups: list[Group]) -> str:
     found = [differences(group, each) for each in groups if each.is_random and each.table == group.table]
     if not found:
         return "no run of this model on these data starts from random init"
-    return f"the nearest random init differs in {listed(min(found, key=len))}"
+    return f"the nearest random init differs in {few(min(found, key=len))}"
 
 
 def named_group(groups: list[Group], wanted: str) -> Group:

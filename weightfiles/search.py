@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 import models
-from utils import UserError, first_line
+from utils import UserError, few, first_line
 from weightfiles.conversions import CONVERSIONS, LAYOUTS, Converter, check_kernels
 from weightfiles.layouts import LIBRARIES, recognize
 from weightfiles.lazy import MODEL_KEY, Weights, part_of
@@ -289,5 +289,4 @@ def coverage(reading: Reading, wanted: Wanted, path: str | Path) -> str:
         shapes = [reading.weights.shapes[key] for key in head if key in reading.weights]
         classes = [shape[0] for shape in shapes if len(shape) > 1]
         line += f"; head: {f'{classes[-1]} classes' if classes else 'none'}"
-    more = f" and {len(reading.left_out) - NAMES_SHOWN} more" if len(reading.left_out) > NAMES_SHOWN else ""
-    return line + f"; left out: {', '.join(reading.left_out[:NAMES_SHOWN])}{more}" * bool(reading.left_out)
+    return line + f"; left out: {few(reading.left_out, NAMES_SHOWN)}" * bool(reading.left_out)
