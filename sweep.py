@@ -7,7 +7,6 @@ Each run is a process of main.py with its own folder in --output_dir. The same c
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import signal
@@ -22,14 +21,18 @@ try:
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"sweep.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 import compare
+from files import read_text
 from training.finished import is_finished, settings_of
 from training.launch import say, work_off
-from utils import UserError, run_script
+from utils import UserError, is_first_process, run_script
 
 MAIN = Path(__file__).with_name("main.py")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node {} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
-# (size of a group of processes, a process's rank there), as torchrun and MPI's launchers set them
-LAUNCHERS = (("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+SIZES = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)  # of a group of processes, as torchrun and MPI's launchers say it
 
 
 class Run(NamedTuple):
@@ -74,14 +77,13 @@ def arm_names(files: list[str]) -> list[str]:
 
 def check_launched_once() -> None:
     """UserError, from the first process alone, if a launcher started several processes, or torchrun one."""
-    for size, rank in LAUNCHERS:
-        if os.environ.get(size, "") not in ("", "1") or (size == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" in os.environ):
-            if os.environ.get(rank, "") not in ("", "0"):
-                raise SystemExit(1)
-            raise UserError(
-                "sweep.py starts its runs itself: start it once, without torchrun or mpirun; --nproc_per_node N trains "
-                "each run on N processes"
-            )
+    if "TORCHELASTIC_RUN_ID" in os.environ or any(os.environ.get(size, "") not in ("", "1") for size in SIZES):
+        if not is_first_process():
+            raise SystemExit(1)
+        raise UserError(
+            "sweep.py starts its runs itself: start it once, without torchrun or mpirun; --nproc_per_node N trains "
+            "each run on N processes"
+        )
 
 
 def check_files(files: list[str]) -> None:
@@ -94,10 +96,10 @@ def check_settings(runs: list[Run], processes: int) -> None:
     """UserError if a run in the folder was made with other options, or from a file that has changed since."""
     for run in runs:
         try:
-            config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(read_text(run.folder / "config.json"))
             then = compared(config)
             path_then = (config["initialization"] or {"path": ""})["path"]
-        except (OSError, AttributeError, LookupError, TypeError, ValueError):
+        except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
             continue  # nothing to compare with: main.py writes a new one, or compare.py names the folder
         now = compared(expected(run, processes, path_then))
         differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
@@ -136,8 +138,9 @@ def sha256_of(location: str, path_then: str) -> str:
 
 @functools.cache
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    from weightfiles import lazy  # here, because it imports torch, and only a sweep that goes on compares
+
+    return lazy.sha256_of(path)
 
 
 # ---- the runs ----

@@ -20,6 +20,7 @@ from options import training_options
 from training import launch
 from training.finished import is_finished
 from utils import STOPPED, Stopped, UserError
+from weightfiles import lazy
 
 ROOT = Path(sweep.__file__).parent
 
@@ -191,6 +192,20 @@ def test_folders_and_equal_names_of_files_give_distinct_folders(tmp_path):
         sweep.arm_names([a, a])
     assert sweep.sha256_of(a, "elsewhere/vit.pth") == sweep.sha256_of(f"{b}/vit.pth", "")
     assert sweep.sha256_of(a, "gone.pth") == "missing"
+
+
+def test_sharded_start_counts_as_main_counts_it(tmp_path):
+    """An index and its files, so that a sweep from it goes on."""
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for key, tensor in tensors.items():
+        torch.save({key: tensor}, tmp_path / f"{key}.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {key: f"{key}.bin" for key in tensors}}))
+    before = sweep.sha256_of(str(index), "")
+    assert before == lazy.sha256_of(index)
+    torch.save({"b": torch.ones(3)}, tmp_path / "b.bin")
+    sweep._sha256.cache_clear()
+    assert sweep.sha256_of(str(index), "") not in (before, "missing")
 
 
 def test_failed_run_is_named_and_the_others_go_on(words, recorded, capsys):
