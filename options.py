@@ -541,10 +541,9 @@ def _first_mistake(options: argparse.Namespace) -> str | None:
     o = options
     checks = [
         (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
-        (not o.resume.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.resume),
-         f"--resume {o.resume}: a URL must be https://…#sha256=<64 hex digits>"),
-        (not o.initialize.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", o.initialize),
-         f"--initialize {o.initialize}: a URL must be https://…#sha256=<64 hex digits>"),
+        *((not place.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", place),
+           f"--{name} {place}: a URL must be https://…#sha256=<64 hex digits>")
+          for name, place in (("resume", o.resume), ("initialize", o.initialize))),
     ]
     return next((message for holds, message in checks if not holds), None)
 
@@ -673,7 +672,7 @@ def _training_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=tuple(RECIPES), default="paper", help="defaults of the options: paper, for 300 epochs, or "
         "short, for up to some 30: --epochs 30, --warmup_epochs a tenth of them, --lr 1e-3 per 512 images of the total "
         "batch, and --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0")
-    add("--linear_probe", type=boolean, nargs="?", const=True, default=False, help="train the classifier alone, on "
+    add("--linear_probe", **BOOLEAN, default=False, help="train the classifier alone, on "
         "features of the rest in evaluation mode; sets --aa none and --color_jitter, --hflip, --reprob, --mixup, --cutmix "
         "to 0 unless given: images are then cropped as in the evaluation, and their features computed once. With "
         "any augmentation they are cropped at random too, and have a forward pass per step")

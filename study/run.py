@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import write_atomically
 from options import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
@@ -113,14 +114,12 @@ class Place:
         self.publish(run)
 
     def publish(self, run: Run) -> None:
-        """Copy config.json to `results`, then log.txt, which marks the run as finished; each whole or not at all."""
+        """Copy config.json to `results`, then log.txt, which marks the run as finished."""
         target, source = self.results / run.name, self.work / run.name
         files = {"untrained.json": Path(f"{source}.untrained.json")} if run.untrained else {}
         target.mkdir(parents=True, exist_ok=True)
         for name, file in (files | {name: source / name for name in ("config.json", "log.txt")}).items():
-            temporary = target / f".{name}.tmp"
-            temporary.write_bytes(file.read_bytes())
-            os.replace(temporary, target / name)
+            write_atomically(target / name, file.read_bytes())
 
 
 def python_path() -> str:

@@ -152,7 +152,7 @@ def begins_as_checkpoint(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a training state to the CPU. UserError if the file is damaged or is not one of `save_checkpoint`'s."""
+    """Read a training state to the CPU. UserError if the file is damaged or no run wrote it."""
     return check_checkpoint(path, read_file(path))
 
 

@@ -23,7 +23,8 @@ def check_own(folder: Path, options: dict, first_epoch: int) -> None:
     """
     read_config(folder)
     best = [path for name in BEST_CHECKPOINTS.values() if (path := folder / name).exists()]
-    for path in [*best, *numbered_checkpoints(folder)]:
+    numbered = numbered_checkpoints(folder)
+    for path in [*best, *numbered]:
         if not begins_as_checkpoint(path):
             raise not_own(path)
     for path in best:
@@ -33,8 +34,8 @@ def check_own(folder: Path, options: dict, first_epoch: int) -> None:
             continue  # damaged, and no loss
         then = training_defaults() | state["options"]
         # a crash may come between this file and the numbered one of the same epoch, but not after that
-        numbered = then["save_ckpt_freq"] * (first_epoch // then["save_ckpt_freq"] + 1)
-        gone = state["epoch"] >= numbered and not numbered_checkpoints(folder)
+        due = then["save_ckpt_freq"] * (first_epoch // then["save_ckpt_freq"] + 1)
+        gone = state["epoch"] >= due and not numbered
         if gone or differing(then, options):
             raise UserError(f"--output_dir {folder} has the {path.name} of another run: name another folder")
 

@@ -28,9 +28,9 @@ from training.checkpoint import (
 from training.folder import RunFolder
 from training.inherited import load_initialization
 from training.ownership import check_log, check_own, differing
-from training.teacher import sha256_of
 from utils import UserError
 from weightfiles.hub import fetch
+from weightfiles.lazy import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
 from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
+OTHER_SUFFIXES = (".bin", ".ckpt", ".npz", ".tar", ".json")  # of files, too, so not a folder's name
 LARGEST = 64 * 2**20  # bytes of a description; those of the largest pairs have a few million
 LARGEST_IN_CHECKPOINT = 10**5  # characters of the parts that go into each checkpoint of a run
 WAIT_SECONDS = 60.0  # for another process that writes the same file
@@ -33,16 +34,9 @@ def output_path(output_dir: str, family: str) -> Path:
     Raises UserError, before the work is done, if the file cannot be written there.
     """
     path = Path(output_dir)
-    if path.suffix not in WEIGHT_SUFFIXES and path.suffix.lower() in (
-        *WEIGHT_SUFFIXES,
-        ".bin",
-        ".ckpt",
-        ".npz",
-        ".tar",
-        ".json",
-    ):
-        raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
     if path.suffix not in WEIGHT_SUFFIXES:
+        if path.suffix.lower() in (*WEIGHT_SUFFIXES, *OTHER_SUFFIXES):
+            raise UserError(f"--output_dir {path}: wanted a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")
         path = path / f"{family}.pth"
     elif os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"--output_dir {path} is a folder named like a file; name the file in it")
