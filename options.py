@@ -127,15 +127,22 @@ class Keywords(argparse.Action):
 
 
 def text_values(options: argparse.Namespace) -> list[str]:
-    """Return a line that lists the NAME=VALUE that are text; none if there are none. Text is no number, true or false."""
-    given = {name: value for name, value in vars(options).items() if name.endswith("_kwargs") and value}
-    listed = [
-        f"--{option} {name}={value}"
-        for option, values in given.items()
+    """Return a line that lists the NAME=VALUE that are text, and one for those that are None; none if there are none.
+
+    Text is no number, true or false, and timm drops arguments that are None.
+    """
+    given = [
+        (f"--{option} {name}={value}", value)
+        for option, values in vars(options).items()
+        if option.endswith("_kwargs") and values
         for name, value in values.items()
-        if isinstance(value, str)
     ]
-    return [f"taken as text, not as a number, true, false or none: {', '.join(listed)}"] if listed else []
+    text = [shown for shown, value in given if isinstance(value, str)]
+    dropped = [shown for shown, value in given if value is None]
+    return [
+        *([f"taken as text, not as a number, true, false or none: {', '.join(text)}"] if text else []),
+        *([f"left at the constructor's default, as timm does with None: {', '.join(dropped)}"] if dropped else []),
+    ]
 
 
 def number(kind: type, low: float, high: float = float("inf")):

@@ -198,3 +198,6 @@ def test_values_that_are_text_are_said_in_one_line():
     listed = "--model_kwargs qkv_bias=no, --model_kwargs act_layer=gelu, --teacher_kwargs a=b"
     assert options.remarks(given) == [f"taken as text, not as a number, true, false or none: {listed}"]
     assert options.remarks(options.training_options(["--output_dir", "x", "--model_kwargs", "depth=2"])) == []
+    none = options.training_options("--output_dir x --model_kwargs pos_embed=none depth=2".split())
+    left = "left at the constructor's default, as timm does with None: --model_kwargs pos_embed=None"
+    assert options.remarks(none) == [left]
