@@ -1,7 +1,6 @@
 """A trained model to take weights from: which model it is, and where its weights are. A run of main.py knows both."""
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from models.pixels import MeanAndStd, mean_and_std
 from options import plain, training_defaults
 from training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, checkpoint_of
 from utils import UserError
-from weightfiles.lazy import FOLDER_FILES, find_file, read_mapped
+from weightfiles.lazy import find_file, library_files, read_mapped
 from weightfiles.read import check_file
 
 
@@ -64,7 +63,7 @@ def _open(path: Path, key: str) -> tuple[Path, dict | None]:
 
     The state's tensors may be mapped: they are neither read nor checked here.
     """
-    if any(os.path.isfile(path / name) for name in FOLDER_FILES):  # a model's folder, as libraries write it
+    if library_files(path):
         return find_file(path), None
     path = checkpoint_of(path, key)
     check_file(path)

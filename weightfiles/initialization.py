@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from files import InUse, Lock, check_creatable, read_text, write_together
 from models import family_of
 from utils import UserError, first_line, json_lines
-from weightfiles.lazy import FOLDER_FILES, find_file, open_file, sha256_of
+from weightfiles.lazy import find_file, library_files, open_file, sha256_of
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
 from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
 
@@ -127,7 +127,7 @@ def find_initialization(location: str, family: str | None) -> Path:
     fitting = [file for file in files if (read_description(file) or {}).get("family") == family]
     if len(fitting) == 1:
         return fitting[0]
-    if not fitting and any((path / name).is_file() for name in FOLDER_FILES):
+    if not fitting and library_files(path):
         return find_file(path)
     names = ", ".join(file.name for file in fitting or files) or "no weights at all"
     problem = "several files" if fitting else "no file"

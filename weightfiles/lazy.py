@@ -132,6 +132,11 @@ def _in_memory(path: Path, what: str) -> Weights:
     return Weights.in_memory(flatten(read_file(path)), f"{what} is read whole")
 
 
+def library_files(folder: Path) -> list[Path]:
+    """List the files of weights that libraries put into the folder of a model, the one to take first."""
+    return [folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)]
+
+
 def find_file(path: str | Path, option: str = "") -> Path:
     """Return the file that a path names, which may be the folder of a model as libraries write it.
 
@@ -139,7 +144,7 @@ def find_file(path: str | Path, option: str = "") -> Path:
     """
     path = Path(path)
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        files = library_files(path)
         if not files:
             names = ", ".join(FOLDER_FILES)
             raise UserError(f"{option}{path} is a folder without {names}: name the file of weights in it")
