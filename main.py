@@ -108,7 +108,7 @@ def run(
     train_loader = make_train_loader(options, train_images, device, update_freq) if train_images else None
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
-    model = make_model(options, num_classes, device)
+    model = make_model(options, num_classes, precision)
     ema = make_ema(model, options) if options.model_ema else None
     start.restore_weights(model, ema, options)
     if options.compile:
@@ -234,7 +234,7 @@ def count_parameters(model: nn.Module) -> int:
 # ---- what a run is made of ----
 
 
-def make_model(options: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+def make_model(options: argparse.Namespace, num_classes: int, precision: Precision) -> nn.Module:
     """Build the model with its random initial values."""
     seed_all(options.seed)
     model = build_model(
@@ -244,7 +244,7 @@ def make_model(options: argparse.Namespace, num_classes: int, device: torch.devi
         model_kwargs=constructor_arguments(options),
     )
     initialize(model, options.init)
-    return model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
+    return precision.place(model, torch.channels_last if options.channels_last else torch.preserve_format)
 
 
 def make_ema(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3:

@@ -108,9 +108,10 @@ STUDIES = {
     # Which recipe suits a short run on few images, in the paper's ViT-T and from a real ViT-S? The teacher is DINOv2's
     # ViT-S/14 or a model of its shape, in a file. "paper" keeps the proportions of the paper's CIFAR-100 recipe.
     "short": Study(
-        "--input_size 32 --batch_size 128 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu",
+        "--input_size 32 --batch_size 128 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu "
+        "--use_amp true --amp_dtype bfloat16",
         {
-            "vit/student": Model("vit_tiny", "img_size=32 patch_size=8", "", 10, 100),
+            "vit/student": Model("vit_tiny", "img_size=32 patch_size=8", "", 10, 35),
             "vit/teacher": Model(
                 "vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors"
             ),

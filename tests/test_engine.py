@@ -329,6 +329,16 @@ def test_precision_is_chosen_by_device_and_name(monkeypatch, caplog):
     assert Precision.choose(CPU, True, "bfloat16").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "fused"), [(None, True), (torch.bfloat16, False)])
+def test_attention_in_bfloat16_on_a_cpu_is_by_plain_products(dtype, fused):
+    model = models.build_model("vit_tiny", num_classes=2, input_size=32, model_kwargs={"patch_size": 8, "depth": 2})
+    images = torch.rand(2, 3, 32, 32)
+    before = model.eval()(images)
+    placed = Precision(CPU, dtype).place(model)
+    assert [block.attn.fused_attn for block in placed.blocks] == [fused, fused]
+    torch.testing.assert_close(placed(images), before)
+
+
 def test_log_keeps_each_epoch_once_and_drops_what_a_crash_left(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text('\ufeff{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a"', encoding="utf-8")

@@ -23,6 +23,7 @@ from images.settings import View
 from images.transforms import eval_config, eval_transform
 from options import training_options
 from training.checkpoint import options_of, read_checkpoint
+from training.precision import Precision
 
 NAMES = ["dark", "grey", "light"]
 # a run with arguments for the model, the moving average and a mean of 0.5; and one with a crop
@@ -57,7 +58,7 @@ def expected(checkpoint, key, pictures):
     """What main.py's own model gives for these images."""
     state = read_checkpoint(checkpoint)
     options = options_of(checkpoint, state)
-    model = script.make_model(options, 3, torch.device("cpu")).eval()
+    model = script.make_model(options, 3, Precision(torch.device("cpu"), None)).eval()
     model.load_state_dict(state[key])
     pixels = torch.stack([eval_transform(View.from_options(options))(picture) for picture in pictures])
     return model(pixels)

@@ -15,6 +15,7 @@ import predict
 from images.settings import View
 from images.transforms import eval_transform
 from training.checkpoint import options_of, read_checkpoint
+from training.precision import Precision
 
 NAMES = ["dark", "grey", "light"]
 
@@ -52,7 +53,7 @@ def test_probabilities_are_the_models(run, pictures, capsys):
     files = [pictures / name for name in ("a.PNG", "b/000.jpg", "b/001.jpg")]
     pixels = [eval_transform(View.from_options(options))(Image.open(file).convert("RGB")) for file in files]
     for key in ("model", "model_ema"):
-        model = script.make_model(options, 3, torch.device("cpu")).eval()
+        model = script.make_model(options, 3, Precision(torch.device("cpu"), None)).eval()
         model.load_state_dict(state[key])
         lines = [json.loads(line) for line in printed(capsys, run, pictures, "--json", "--model_key", key)]
         assert [line["image"] for line in lines] == list(map(str, files))

@@ -13,6 +13,7 @@ from images.order import TrainBatches
 from images.settings import View
 from images.transforms import eval_transform
 from options import computes_features_once, remarks, training_options
+from training.precision import Precision
 from training.probe import LinearProbe
 from utils import UserError
 
@@ -67,7 +68,7 @@ def test_run_trains_the_head_alone(more, model, probe, tmp_path):
     record = probe(more, model=model)
     state = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)
     options = training_options([*model, "--input_size", "32"])
-    first = script.make_model(options, 3, torch.device("cpu")).state_dict()
+    first = script.make_model(options, 3, Precision(torch.device("cpu"), None)).state_dict()
     head = {key: value for key, value in state["model"].items() if key.startswith(("head.", "fc."))}
     assert len(head) == 2 and all(not torch.equal(value, first[key]) for key, value in head.items())
     assert_equal_weights(state["model"], first | head)
