@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 try:
-    from options import Parser
+    from options.parser import Parser
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"compare.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 from training.finished import FinishedRun, find_runs, read_runs

@@ -13,7 +13,7 @@ from images.folders import LAYOUT, PARTS, class_root, list_classes, list_unlabel
 from images.huggingface import load_hugging_face
 from images.images import Images
 from images.torchvision_sets import load_row, load_torch
-from options import unknown_data_set
+from options.training import unknown_data_set
 from training import distributed
 from utils import Stream, UserError, few, permutation
 

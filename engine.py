@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.workers import ahead
 from optim_factory import set_schedules
-from options import Settings
+from options.parser import Settings
 from training.checkpoint import Progress
 from training.distill import Distillation, WithDistiller
 from training.distributed import any_rank, of_all_ranks, rank, share_buffers, world_size

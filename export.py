@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from options import export_options
+    from options.tools import export_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"export.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from options import remarks, training_options
+    from options.training import remarks, training_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"main.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
@@ -36,7 +36,7 @@ from images.workers import warn_of_cap
 from models.build import build_model, constructor_arguments
 from models.initial import initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from options import computes_features_once, plain, settled
+from options.training import computes_features_once, plain, settled
 from training import distributed
 from training.agreement import check_options
 from training.checkpoint import BEST_CHECKPOINTS, Checkpoints, Progress, longer, saving_first

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from options import predict_options
+    from options.tools import predict_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"predict.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    from options import peak_lr, plain, sweep_options, training_options
+    from options.tools import sweep_options
+    from options.training import peak_lr, plain, training_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"sweep.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 import compare

@@ -22,7 +22,7 @@ follow other rules. It plans first (selection.match, selection.plan), then copie
 import sys
 
 try:
-    from options import selection_options
+    from options.selection import selection_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"weight_selection.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
@@ -49,7 +49,8 @@ from images.transforms import evaluation_batches
 from models import ModelSpec
 from models.initial import fresh_head
 from models.pixels import Renormalize, image_channels, mean_and_std
-from options import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images, text_values
+from options.parser import text_values
+from options.selection import ACTIVATION_RULES, LEAST_IMAGES, PARTS, SCORED_RULES, given_in_vain, needs_images
 from selection.activations.scratch import BATCH, Calibration
 from selection.pair import build, build_pair, count_classes, make_outline, outline_without_heads, take_parts
 from selection.picture import check_plot, draw

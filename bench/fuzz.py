@@ -32,7 +32,7 @@ import torch
 
 from bench import mutations
 from bench.fuzz_samples import Sample, Tensors, initialize, make_samples, select
-from options import Parser
+from options.parser import Parser
 from utils import UserError, json_lines
 
 SECONDS = 5.0  # of processor time, for all readers of a mutant

@@ -21,7 +21,8 @@ import timm
 import torch
 
 import models
-from options import HEAD_RULES, LAYER_RULES, Parser
+from options.parser import Parser
+from options.selection import HEAD_RULES, LAYER_RULES
 from selection.families import FAMILIES
 from selection.family import Layout, Refused
 from selection.match import match

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from bench.selection import PAIRS, ROOT, hardware, make_teacher, sampled
-from options import Parser
+from options.parser import Parser
 
 MOST_SECONDS = {"vit_s": 90, "convnext_t": 180}  # aims for 256 images, on two idle cores
 MOST_MB = 1500

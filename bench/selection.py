@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from options import Parser
+from options.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 MB = 10**6

@@ -30,7 +30,7 @@ import torch
 import main as script
 from bench.selection import hardware
 from bench.throughput import make_images
-from options import Parser
+from options.parser import Parser
 from training.checkpoint import numbered_checkpoints, read_checkpoint
 from utils import UserError, revision, run_script
 

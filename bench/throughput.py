@@ -29,7 +29,7 @@ import datasets
 from bench.selection import hardware
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
 from images.images import Images
-from options import Parser
+from options.parser import Parser
 from training import distributed
 from training.precision import Precision
 from utils import UserError, first_line, revision

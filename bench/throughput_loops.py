@@ -25,7 +25,7 @@ from images.settings import Augmentation, Loading, View
 from images.transforms import TransformedImages, build_mixer, train_transform
 from images.workers import ahead
 from optim_factory import create_optimizer, parameter_groups
-from options import training_options
+from options.training import training_options
 from training.distill import Distillation
 from training.precision import Precision
 from training.teacher import Teacher

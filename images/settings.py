@@ -8,7 +8,7 @@ import torch
 
 from images.workers import most_workers
 from models.pixels import MeanAndStd, image_channels, mean_and_std
-from options import Settings
+from options.parser import Settings
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ resampled in selection.positions. The notes say what is not a plain copy of teac
 import re
 from collections.abc import Mapping
 
-from options import INCONSISTENT_RULES
+from options.selection import INCONSISTENT_RULES
 from selection.axes import AxisGroups, TensorPair, head_rule, heads_are_fixed
 from selection.family import MUST_AGREE, Family, Layout, Refused
 from selection.layers import LayerMap, any_layer

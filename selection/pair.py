@@ -7,7 +7,7 @@ from torch import nn
 
 import models
 from models import ModelSpec
-from options import PARTS
+from options.selection import PARTS
 from selection.families import FAMILIES
 from selection.family import Layout, Refused
 from selection.match import match

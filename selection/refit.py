@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
-from options import REFIT_TARGETS
+from options.selection import REFIT_TARGETS
 from selection.activations.alignment import Alignment
 from selection.activations.regression import Regression
 from selection.activations.scratch import Batch, Calibration, Scratch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from options import ELEMENT_RULES, HEAD_RULES, LAYER_RULES, PARTS, SCORED_RULES
+from options.selection import ELEMENT_RULES, HEAD_RULES, LAYER_RULES, PARTS, SCORED_RULES
 from utils import Stream, hint, permutation
 
 

@@ -15,7 +15,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from options import Parser
+from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from utils import UserError, run_script
 

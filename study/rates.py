@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
-from options import Parser
+from options.parser import Parser
 from study.arms import ARMS
 from study.report import METRIC, differences
 from study.studies import CALIBRATION_IMAGES, RATE_SEED

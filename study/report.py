@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
-from options import Parser
+from options.parser import Parser
 from study.arms import ARMS
 from training.finished import FinishedRun, find_runs, read_runs
 from training.groups import START

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files import write_atomically
-from options import Parser
+from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
 from study.studies import RATE_SEED, STUDIES

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from files import write_atomically
-from options import Parser
+from options.parser import Parser
 from utils import run_script
 from weightfiles.lazy import open_weights
 

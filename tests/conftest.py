@@ -25,7 +25,7 @@ import models
 from bench import survive
 from images.images import Images
 from images.settings import Augmentation, Loading, View
-from options import training_options
+from options.training import training_options
 from utils import UserError
 
 torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gains

@@ -10,7 +10,8 @@ from conftest import assert_equal_weights, in_two_processes
 
 import main as script
 from images.images import Images
-from options import FREE_PER_RANK, PATHS, training_defaults, training_options
+from options.table import FREE_PER_RANK, PATHS
+from options.training import training_defaults, training_options
 from training import agreement, distributed
 from training.agreement import check_options, check_same
 from utils import UserError

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import datasets
 from images import huggingface, torchvision_sets
 from images.images import BadImage
-from options import DATA_SETS
+from options.table import DATA_SETS
 from utils import UserError
 
 

@@ -24,7 +24,9 @@ import main as script
 import models
 import predict
 import weight_selection
-from options import export_options, predict_options, selection_options, sweep_options, training_options
+from options.selection import selection_options
+from options.tools import export_options, predict_options, sweep_options
+from options.training import training_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

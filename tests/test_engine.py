@@ -22,7 +22,7 @@ from images import batches as feed
 from images.order import TrainBatches
 from images.transforms import build_mixer
 from optim_factory import create_optimizer
-from options import training_options
+from options.training import training_options
 from training import meters
 from training.checkpoint import Progress
 from training.folder import opened

@@ -8,7 +8,7 @@ import torch
 from conftest import read_log, write_images
 
 import main as script
-from options import training_options
+from options.training import training_options
 from training.checkpoint import options_of, read_checkpoint
 from utils import UserError
 

@@ -21,7 +21,7 @@ import predict
 from deploy.exported import from_run
 from images.settings import View
 from images.transforms import eval_config, eval_transform
-from options import training_options
+from options.training import training_options
 from training.checkpoint import options_of, read_checkpoint
 from training.precision import Precision
 

@@ -35,7 +35,7 @@ from timm.models import adapt_input_conv
 
 import models
 from models import ModelSpec
-from options import SELECTION_FAMILIES
+from options.selection import SELECTION_FAMILIES
 from selection.families import FAMILIES
 from selection.plan import Group, choose
 from selection.rules import Choices

@@ -15,7 +15,7 @@ from tiny_sets import write_folder, write_image
 import datasets
 import main as script
 from images.images import Images
-from options import training_options, unknown_data_set
+from options.training import training_options, unknown_data_set
 from utils import UserError, nearest
 
 HIDDEN = [".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "$RECYCLE.BIN"]

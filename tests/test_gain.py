@@ -10,7 +10,7 @@ from torch import nn
 
 import models
 import weight_selection
-from options import selection_options
+from options.selection import selection_options
 from selection.rules import Choices
 from weightfiles.initialization import read_description
 

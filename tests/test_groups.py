@@ -4,7 +4,7 @@ import pytest
 from conftest import cells, error_of, groups_of, record, write_run
 
 import compare
-from options import training_defaults
+from options.training import training_defaults
 
 BIRDS, CARS = ({"data_set": "image_folder", "data_path": f"/one/{name}"} for name in ("birds", "cars"))
 ELSEWHERE = {"num_workers": 2, "device": "cpu", "data_path": "/a/x"}  # paths and the machine do not count

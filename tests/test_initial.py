@@ -7,7 +7,7 @@ import torch
 
 import models
 from models.initial import initialize
-from options import training_options
+from options.training import training_options
 from utils import UserError
 
 VIT = ("vit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3})

@@ -11,7 +11,7 @@ from conftest import assert_equal_weights, read_log, weights_of, write_images
 import main as script
 import models
 import weight_selection
-from options import training_options
+from options.training import training_options
 from utils import UserError
 from weightfiles.initialization import write_initialization
 

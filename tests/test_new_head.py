@@ -14,7 +14,8 @@ import models
 import weight_selection
 from models import ModelSpec
 from models.initial import fresh_head
-from options import keyword_text, training_options
+from options.parser import keyword_text
+from options.training import training_options
 
 HEADS = {
     "vit_tiny_patch16_224": (["head.weight", "head.bias"], {"embed_dim": 48, "depth": 2}),

@@ -7,7 +7,7 @@ import torch
 import models
 from models.build import constructor_arguments
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups, set_schedules
-from options import training_options
+from options.training import training_options
 
 
 def groups_of(model, *words):

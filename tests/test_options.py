@@ -8,8 +8,12 @@ import sys
 import pytest
 
 import compare
-import options
 from bench import pairs
+from options.parser import boolean, keyword
+from options.selection import _selection_parser, selection_options
+from options.table import training_parser
+from options.tools import _export_parser
+from options.training import remarks, training_options
 from study import run as study_run
 from utils import hint, run_script
 
@@ -19,15 +23,15 @@ END = "; -h lists the options\n"
 @pytest.mark.parametrize(
     ("parse", "argv", "line"),
     [
-        (options.training_options, "--batchsize 64", "main.py: error: unrecognized argument --batchsize; nearest: --batch_size"),
-        (options.training_options, "–epochs 3", "main.py: error: unrecognized argument –epochs; nearest: --epochs"),  # noqa: RUF001
-        (options.training_options, "--warmup 3", "unrecognized argument --warmup; nearest: --warmup_epochs, --warmup_steps"),
-        (options.training_options, "--outputdir=x", "unrecognized argument --outputdir; nearest: --output_dir;"),
-        (options.training_options, "--lr 1e-3 5e-4", "main.py: error: unrecognized argument 5e-4; -h"),
-        (options.training_options, "--foo", "main.py: error: unrecognized argument --foo; -h"),
-        (options.training_options, "--amp_dtype bf16", "--amp_dtype: bf16 is none of float16, bfloat16; nearest: bfloat16"),
-        (options.selection_options, "--plan --layer_selection frist", "is none of first, last, middle, uniform; nearest: first"),
-        (options.selection_options, "--plan --element_selection ENERGY", "coverage, magnitude_energy; nearest: energy"),
+        (training_options, "--batchsize 64", "main.py: error: unrecognized argument --batchsize; nearest: --batch_size"),
+        (training_options, "–epochs 3", "main.py: error: unrecognized argument –epochs; nearest: --epochs"),  # noqa: RUF001
+        (training_options, "--warmup 3", "unrecognized argument --warmup; nearest: --warmup_epochs, --warmup_steps"),
+        (training_options, "--outputdir=x", "unrecognized argument --outputdir; nearest: --output_dir;"),
+        (training_options, "--lr 1e-3 5e-4", "main.py: error: unrecognized argument 5e-4; -h"),
+        (training_options, "--foo", "main.py: error: unrecognized argument --foo; -h"),
+        (training_options, "--amp_dtype bf16", "--amp_dtype: bf16 is none of float16, bfloat16; nearest: bfloat16"),
+        (selection_options, "--plan --layer_selection frist", "is none of first, last, middle, uniform; nearest: first"),
+        (selection_options, "--plan --element_selection ENERGY", "coverage, magnitude_energy; nearest: energy"),
         (compare.parse, "runs --mertic x", "compare.py: error: unrecognized argument --mertic; nearest: --metric"),
         (study_run.parse, "cpus --work x", "argument study: cpus is none of cpu, "),
         (pairs.main, "--families vitt", "argument --families: vitt is none of vit, "),
@@ -58,21 +62,21 @@ def test_only_the_first_process_says_what_is_wrong(variables, speaks, monkeypatc
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
     with pytest.raises(SystemExit) as ended:
-        options.training_options(["--epochs", "0"])
+        training_options(["--epochs", "0"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"main.py: error: argument --epochs: 0 is not at least 1{END}" * speaks
 
 
 def test_message_with_a_line_break_stays_one_line(capsys):
     with pytest.raises(SystemExit):
-        options.training_options(["--data_set", "a\nb"])
+        training_options(["--data_set", "a\nb"])
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("parser", [options._training_parser, options._selection_parser, options._export_parser])
+@pytest.mark.parametrize("parser", [training_parser, _selection_parser, _export_parser])
 def test_each_boolean_alone_means_true(parser):
     parser = parser()
-    names = [action.option_strings[0] for action in parser._actions if action.type is options.boolean]
+    names = [action.option_strings[0] for action in parser._actions if action.type is boolean]
     assert names
     unnamed = ["run", "folder"] if parser.prog == "export.py" else []
     for name in names:
@@ -111,7 +115,7 @@ def test_help_ends_quietly_where_nobody_reads_it(opened, monkeypatch):
     with opened() as stream:  # which writes what is left when it is closed, as Python does at exit
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit) as ended:
-            options.training_options(["-h"])
+            training_options(["-h"])
     assert ended.value.code == 0
 
 
@@ -119,14 +123,14 @@ def test_help_ends_quietly_where_nobody_reads_it(opened, monkeypatch):
 def test_help_and_usage_errors_need_no_stream(name, monkeypatch):
     monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit):
-        options.training_options(["-h" if name == "stdout" else "--foo"])
+        training_options(["-h" if name == "stdout" else "--foo"])
 
 
 def test_help_is_readable_where_the_terminal_is_ascii(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(SystemExit):
-        options.training_options(["-h"])
+        training_options(["-h"])
     assert b"vit_tiny, convnext_femto, ? or any name" in stream.buffer.getvalue()
 
 
@@ -187,17 +191,17 @@ def test_script_fails_in_a_line_where_stdout_fails(opened, said, size, run_print
     ],
 )
 def test_true_false_and_none_are_values_in_any_case(text, value):
-    name, read = options.keyword(f"name={text}")
+    name, read = keyword(f"name={text}")
     assert name == "name" and read == value and type(read) is type(value)
 
 
 def test_values_that_are_text_are_said_in_one_line():
     words = "--output_dir x --model_kwargs qkv_bias=no depth=2 act_layer=gelu class_token=false --teacher_kwargs a=b"
-    given = options.training_options([*words.split(), "--distillation", "logits", "--teacher_model", "vit_tiny"])
+    given = training_options([*words.split(), "--distillation", "logits", "--teacher_model", "vit_tiny"])
     assert given.model_kwargs["class_token"] is False
     listed = "--model_kwargs qkv_bias=no, --model_kwargs act_layer=gelu, --teacher_kwargs a=b"
-    assert options.remarks(given) == [f"taken as text, not as a number, true, false or none: {listed}"]
-    assert options.remarks(options.training_options(["--output_dir", "x", "--model_kwargs", "depth=2"])) == []
-    none = options.training_options("--output_dir x --model_kwargs pos_embed=none depth=2".split())
+    assert remarks(given) == [f"taken as text, not as a number, true, false or none: {listed}"]
+    assert remarks(training_options(["--output_dir", "x", "--model_kwargs", "depth=2"])) == []
+    none = training_options("--output_dir x --model_kwargs pos_embed=none depth=2".split())
     left = "left at the constructor's default, as timm does with None: --model_kwargs pos_embed=None"
-    assert options.remarks(none) == [left]
+    assert remarks(none) == [left]

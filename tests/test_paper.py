@@ -7,7 +7,7 @@ import pytest
 from test_docs import PAGES, ROOT, calls, options_of
 
 import weight_selection
-from options import SCORED_RULES
+from options.selection import SCORED_RULES
 
 PAGE = "docs/paper.md"
 TRAININGS = [options_of(words) for words in calls("main.py", PAGE, "docs/recipes.md")]

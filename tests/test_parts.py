@@ -12,7 +12,7 @@ from small_models import PAIRS, SCRIPT_STUDENT, assert_same, layout, plan_of, sm
 
 import models
 import weight_selection
-from options import PARTS
+from options.selection import PARTS
 from selection.families import FAMILIES
 from selection.pair import take_parts
 from training.inherited import load_initialization

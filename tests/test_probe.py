@@ -12,7 +12,7 @@ from images.features import on_features
 from images.order import TrainBatches
 from images.settings import View
 from images.transforms import eval_transform
-from options import computes_features_once, remarks, training_options
+from options.training import computes_features_once, remarks, training_options
 from training.precision import Precision
 from training.probe import LinearProbe
 from utils import UserError

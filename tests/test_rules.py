@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SWIN_T, VIT_B, VIT_T, indices_of, layout, plan_of, selected, vit_layout
 
-from options import ELEMENT_RULES, LAYER_RULES, SCORED_RULES
+from options.selection import ELEMENT_RULES, LAYER_RULES, SCORED_RULES
 from selection.activations.scores import activation_scores
 from selection.families import FAMILIES
 from selection.family import Layout

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from small_models import SWIN_T, VIT, VIT_B, VIT_L, VIT_T, indices_of, layout, plan_of, vit_layout
 
 from models import ModelSpec
-from options import LAYER_RULES, keyword
+from options.parser import keyword
+from options.selection import LAYER_RULES
 from selection.family import Refused
 from selection.rules import Choices, evenly_spaced
 from utils import UserError

@@ -13,8 +13,9 @@ import torch
 from conftest import error_of, read_log, write_images, write_run
 
 import main
-import options
 import weight_selection
+from options.selection import selection_options
+from options.training import training_defaults, training_options
 from study import arms, report, run, runs, shuffle, studies, untrained
 from training import launch
 from utils import STOPPED, UserError
@@ -28,12 +29,12 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
     planned = set()
     for each in runs.runs_of(studies.STUDIES[study]):
         *_, train = run.Place(tmp_path, tmp_path).commands(each)
-        assert options.training_options(train[2:]).output_dir == each.name
+        assert training_options(train[2:]).output_dir == each.name
         if each.selection is not None:
             planned.add(each.selection)
     shapes_suffice = [words for words in planned if "magnitude" not in words and "--data_path" not in words]
     for selection in planned:
-        options.selection_options([*selection, "--plan"])
+        selection_options([*selection, "--plan"])
     for selection in shapes_suffice:
         weight_selection.main([*selection, "--plan"])
     assert capsys.readouterr().out.count('"family"') == len(shapes_suffice)
@@ -238,7 +239,7 @@ def write_runs(tmp_path):
             arm, _, seed = name.partition("-")
             sha256 = None if arm.endswith(("random", "teacher")) else arm
             wanted = {"epochs": len(accuracies), "seed": int(seed or 0), **changes}
-            write_run(tmp_path / root / name, accuracies, sha256=sha256, **options.training_defaults() | wanted)
+            write_run(tmp_path / root / name, accuracies, sha256=sha256, **training_defaults() | wanted)
 
     return write
 

@@ -16,7 +16,7 @@ from conftest import TINY_MODEL, error_of, read_log, wait_for, write_run
 import main
 import models
 import sweep
-from options import training_options
+from options.training import training_options
 from training import launch
 from training.finished import is_finished
 from utils import STOPPED, Stopped, UserError

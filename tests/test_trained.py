@@ -13,7 +13,7 @@ from small_models import assert_same
 import main as script
 import models
 import weight_selection
-from options import keyword, keyword_text
+from options.parser import keyword, keyword_text
 from utils import UserError
 
 SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}

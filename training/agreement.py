@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 import torch
 
-from options import FREE_PER_RANK, PATHS
+from options.table import FREE_PER_RANK, PATHS
 from training import distributed
 from utils import UserError, environment
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from options import training_defaults
+from options.training import training_defaults
 from training.folder import RunFolder
 from utils import Stopped, UserError, first_line
 from weightfiles.read import read_file

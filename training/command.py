@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 from models import ModelSpec
-from options import keyword_text, needs_images
+from options.parser import keyword_text
+from options.selection import needs_images
 from selection.pair import build
 from selection.running import image_size
 from training.trained import Trained

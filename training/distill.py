@@ -9,7 +9,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from models.pixels import image_channels
-from options import mixes
+from options.training import mixes
 from training.teacher import Teacher, make_teacher
 from utils import Stream, UserError, derive_seed, first_line
 

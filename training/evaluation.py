@@ -4,7 +4,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from options import FREE_IN_EVALUATION, plain, training_defaults, training_options
+from options.table import FREE_IN_EVALUATION
+from options.training import plain, training_defaults, training_options
 from training.checkpoint import BEST_CHECKPOINTS, options_of
 from training.log import summary
 from training.start import Start

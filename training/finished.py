@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files import read_text
-from options import FREE_ON_RESUME, training_defaults
+from options.table import FREE_ON_RESUME
+from options.training import training_defaults
 from utils import UserError, escaped
 
 READING_IT = ("model_key", "model_prefix")  # options on how to read the file of --initialize

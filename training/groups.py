@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from options import RECIPES
+from options.table import RECIPES
 from training.finished import READING_IT, FinishedRun, warn
 from utils import UserError, few, hint
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from files import read_text
-from options import plain
+from options.training import plain
 from training import distributed
 from training.checkpoint import BEST_CHECKPOINTS
 from training.folder import LOG, WANDB_ID, RunFolder, not_own

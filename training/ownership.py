@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from files import read_text
-from options import FREE_ON_RESUME, training_defaults
+from options.table import FREE_ON_RESUME
+from options.training import training_defaults
 from training.checkpoint import BEST_CHECKPOINTS, begins_as_checkpoint, check_checkpoint, numbered_checkpoints
 from training.folder import LOG, not_own, read_config
 from utils import UserError

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from options import computes_features_once
+from options.training import computes_features_once
 from utils import UserError
 
 

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from models.fit import check_fit
-from options import training_defaults
+from options.training import training_defaults
 from training import distributed
 from training.agreement import check_same, in_short
 from training.checkpoint import (

@@ -11,7 +11,7 @@ import models
 from models.build import check_forward
 from models.fit import check_fit
 from models.pixels import MeanAndStd, Renormalize, for_channels, image_channels, mean_and_std
-from options import plain
+from options.training import plain
 from training import distributed
 from training.trained import Trained, find_trained
 from utils import UserError

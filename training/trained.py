@@ -6,7 +6,7 @@ from pathlib import Path
 
 import models
 from models.pixels import MeanAndStd, mean_and_std
-from options import plain, training_defaults
+from options.training import plain, training_defaults
 from training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, checkpoint_of
 from utils import UserError
 from weightfiles.lazy import find_file, library_files, read_mapped

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from options import ACTIVATION_RULES
+from options.selection import ACTIVATION_RULES
 from selection.activations.scratch import BATCH, Calibration
 from selection.activations.segments import IMAGES, Segments
 from selection.activations.trace import Call, Trace
