@@ -65,7 +65,7 @@ from utils import Stream, UserError, json_lines, permutation, run_script, start_
 from weightfiles.initialization import check_replaceable, output_path, write_initialization
 from weightfiles.lazy import Weights
 from weightfiles.read import check_finite
-from weightfiles.search import ANY_PART, Part
+from weightfiles.reading import ANY_PART, Part
 from weightfiles.teacher import read_teacher
 
 log = logging.getLogger(__name__)

@@ -252,6 +252,15 @@ def test_biases_of_dinov3_that_are_zero_are_left_out():
     assert "blocks.0.attn.v_bias" in found.weights  # which this model does not have: the file is refused
 
 
+def test_biases_that_timms_dinov3_lacks_are_the_reason(tmp_path):
+    for path in saved(of_transformers("DINOv3ViTModel", REGISTERS), tmp_path):
+        with pytest.raises(
+            UserError, match=r"has blocks\.0\.attn\.._bias, which is no tensor of .*; see --pretrained_kw"
+        ):
+            read(path, "vit_small_patch16_dinov3", TIMM_VIT)
+        assert read(path, "vit_small_patch16_dinov3", {**TIMM_VIT, "qkv_bias": True})
+
+
 def test_file_of_another_image_size_is_resampled_by_timm(vit, tmp_path, caplog):
     kwargs = {**TIMM_VIT, "img_size": 64, "patch_size": 4}
     torch.save(vit, tmp_path / "vit.pth")

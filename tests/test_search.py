@@ -1,14 +1,19 @@
 """A model is found in files as other people's scripts write them, and what is another model is refused."""
 
+import re
+
 import pytest
 import torch
 from conftest import convnext_as_released
 from small_models import assert_same, random_tensors
 
 import models
+from options.selection import selection_options
+from options.training import training_options
 from utils import UserError
 from weightfiles.lazy import Weights
-from weightfiles.search import ANY_PART, Part, Wanted, coverage, find, log_reading
+from weightfiles.reading import ANY_PART, Part, Wanted, coverage, log_reading
+from weightfiles.search import find
 
 KWARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 5}
 MODEL = models.create("vit_tiny", KWARGS)
@@ -155,6 +160,46 @@ def test_key_or_prefix_that_is_not_there_is_an_error():
         UserError, match=r"x\.pth has no weights under ema \(--model_key, --teacher_key\); its keys: stud"
     ):
         found(DINO, Part("ema"))
+
+
+CUT = [  # a file, where to look in it, what to give instead
+    (
+        MOCO,
+        Part(prefix="module.base_encoder.bl"),
+        "under state_dict.module.base_encoder.: give {} module.base_encoder.",
+    ),
+    (
+        MOCO,
+        Part(prefix="module.base_encoder.norm."),
+        "under state_dict.module.base_encoder.: give {} module.base_encoder.",
+    ),
+    (OWN, Part(prefix="blocks.1."), "at the top of the file: leave it out"),
+    (under("model.", OWN), Part(prefix="model.blocks.0.attn.qkv.weight"), "under model.: leave it out"),
+    (under("model.", OWN), Part("model.blocks"), "under model.: give {} model"),
+    (OWN, Part("blocks"), "at the top of the file: leave it out"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "part", "instead"), CUT)
+def test_prefix_or_key_that_cuts_the_model_apart_is_said(tensors, part, instead):
+    option, given = ("--model_prefix", part.prefix) if part.prefix else ("--model_key", part.key)
+    line = f"--pretrained_path x.pth: {option} {given} cuts apart tiny, which lies {instead.format(option)}"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        found(tensors, part)
+
+
+def test_prefix_of_another_model_beside_cuts_nothing():
+    for tensors in (OWN | under("target_encoder.", WIDER), under("model.", OWN) | under("target_encoder.", WIDER)):
+        with pytest.raises(UserError, match=r"x\.pth has cls_token \[1, 1, 24\], unlike the"):
+            found(tensors, Part(prefix="target_encoder."))
+
+
+def test_defaults_of_both_scripts_find_the_same_part():
+    several = under("state_dict.") | under("state_dict_ema.")
+    keys = [selection_options(["--plan"]).model_key, training_options([]).model_key]
+    assert [found(several, Part(key))[0].prefix for key in keys] == ["state_dict."] * 2
+    with pytest.raises(UserError, match="holds tiny 2 times"):  # a list of one's own is no list of the usual parts
+        found(several, Part("ema|model_ema"))
 
 
 # ---- other models ----

@@ -12,7 +12,7 @@ from models import ModelSpec
 from selection.rules import Choices
 from utils import UserError
 from weight_selection import select_weights
-from weightfiles.search import Part
+from weightfiles.reading import Part
 
 
 def test_training_checkpoint_gives_its_weights_or_their_average(small_teacher, tmp_path):

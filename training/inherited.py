@@ -9,7 +9,7 @@ from torch import nn
 from models.fit import inherit
 from selection.resize import follow_images, resized
 from weightfiles.initialization import read_initialization
-from weightfiles.search import Part
+from weightfiles.reading import Part
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from training.trained import Trained, find_trained
 from utils import UserError
 from weightfiles.lazy import sha256_of
 from weightfiles.read import check_finite
-from weightfiles.search import Part
+from weightfiles.reading import Part
 from weightfiles.teacher import file_of, read_teacher
 
 log = logging.getLogger(__name__)

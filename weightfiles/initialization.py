@@ -19,7 +19,8 @@ from models import family_of
 from utils import UserError, first_line, json_lines
 from weightfiles.lazy import find_file, library_files, open_file, sha256_of
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
-from weightfiles.search import ANY_PART, Part, Wanted, find, log_reading
+from weightfiles.reading import ANY_PART, Part, Wanted, log_reading
+from weightfiles.search import find
 
 INITIALIZATION_FORMAT = "weight-selection initialization 1"
 OTHER_SUFFIXES = (".bin", ".ckpt", ".npz", ".tar", ".json")  # of files, too, so not a folder's name

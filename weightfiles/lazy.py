@@ -86,11 +86,12 @@ def open_weights(path: str | Path, model_key: str = MODEL_KEY) -> Weights:
 def part_of(path: str | Path, weights: Weights, model_key: str) -> str:
     """Return the prefix of the keys in the first part that the file has of those in `model_key`, which "|" separates.
 
-    A part is a nested mapping or keys that begin alike; "ema.module" is one in another. Return "" if there is none of
-    several; UserError if there is none of a single one.
+    A part is a nested mapping or keys that begin alike; "ema.module" is one in another. Some of the usual parts stand for
+    all of them, so that the scripts' defaults find the same. Return "" if there is none of several; UserError if there is
+    none of a single one.
     """
-    parts = model_key.split("|")
-    for part in parts:
+    parts, usual = model_key.split("|"), MODEL_KEY.split("|")
+    for part in parts + (usual if len(parts) > 1 and set(parts) <= set(usual) else []):
         if any(key.startswith(f"{part}.") for key in weights):
             return f"{part}."
     if len(parts) > 1:

@@ -5,26 +5,19 @@ tries every prefix of the file's own keys, and takes what fits the model by keys
 """
 
 import itertools
-import logging
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import nn
-
-import models
-from utils import UserError, few, first_line
+from utils import UserError, first_line
 from weightfiles.conversions import CONVERSIONS, LAYOUTS, Converter, check_kernels
 from weightfiles.layouts import LIBRARIES, recognize
-from weightfiles.lazy import MODEL_KEY, Weights, part_of
-from weightfiles.read import shapes_of, shown_keys
+from weightfiles.lazy import Weights, part_of
+from weightfiles.read import shown_keys
+from weightfiles.reading import TIMM, Part, Reading, Wanted
 
-log = logging.getLogger(__name__)
-
-TIMM = "timm"  # the layout that needs no conversion
 RESEMBLING = 0.5  # the share of a model's tensors by which a part of a file may be that model
 ALIKE = 0.1  # and the one below which a file is of another layout altogether
 # what torch.compile, FSDP and activation checkpointing insert in the keys of modules that they wrap, and DINOv2's training,
@@ -33,14 +26,6 @@ WRAPPERS = re.compile(
     r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|(?<=blocks\.)\d+\.(?=\d+\.)"
 )
 DEEPEST = 10  # names in a prefix to try
-NAMES_SHOWN = 10  # of what was left out
-# If keys that the model does not have begin like this, they belong to another model, whose outputs differ from ours: one
-# with registers or a position embedding, say. A model of self-supervision may have such parts beside the encoder, too.
-OF_ANOTHER_MODEL = re.compile(
-    r"(?!mask_|decoder|predictor|proj|head|text)\w*(token|pos_embed|position_embed|rel_pos|norm)|(ln|bn)[_\d]"
-)
-
-
 # a key by which a file in timm's own layout tells its family, for a model of another one
 TIMMS_OTHERS = {
     "Swin": r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.",
@@ -51,80 +36,6 @@ TIMMS_OTHERS = {
 }
 
 
-class Part(NamedTuple):
-    """Where in a file to search: in the first of the parts that `key` lists, among the keys that begin with `prefix`."""
-
-    key: str = MODEL_KEY
-    prefix: str = ""
-
-
-ANY_PART = Part()
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A model to find in a file, and how error messages call what they are about."""
-
-    model: nn.Module
-    name: str
-    option: str  # "--pretrained_path FILE"
-    kwargs: str = "--pretrained_kwargs"  # the option of the constructor's arguments
-    pick: str = "--model_prefix"  # the option that picks one of several models in a file
-    of_any_size: frozenset[str] = frozenset()  # tensors that the caller brings to the model's size
-    left_out: frozenset[str] = frozenset()  # tensors that the file may lack, because it says so
-
-    @cached_property
-    def own(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the model's tensors."""
-        return shapes_of(self.model.state_dict())
-
-    @cached_property
-    def needed(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that a file must have: all but those left out, and the head's, which may be of other classes."""
-        head = models.head_prefixes(self.model)
-        return {key: shape for key, shape in self.own.items() if not (key.startswith(head) or key in self.left_out)}
-
-    def has_beside(self, key: str) -> bool:
-        """Tell whether a key that the model lacks lies beside it, so that the model computes the same without it."""
-        if key.startswith(models.head_prefixes(self.model)):
-            return True
-        # an attribute may be None or an identity here, and hold tensors in another model of the kind
-        name = key.partition(".")[0]
-        return not (hasattr(self.model, name) or OF_ANOTHER_MODEL.match(name))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read a file: the tensors whose keys begin with `prefix`, under timm's names."""
-
-    weights: Weights
-    prefix: str
-    layout: str
-    left_out: list[str]  # keys of the file; of the reading that `find` returns, names of groups of them
-    remarks: list[str] = field(default_factory=list)  # what to warn of
-    fault: str = ""  # why a file of a known layout cannot be read
-
-    def share(self, wanted: Wanted) -> float:
-        """Return which share of the model's tensors is there, whatever their shapes."""
-        return 1.0 if self.fault else sum(key in self.weights for key in wanted.needed) / max(1, len(wanted.needed))
-
-    def misfit(self, wanted: Wanted) -> str:
-        """Say how the tensors differ from the model's, apart from its head and what lies beside; "" if they fit."""
-        if self.fault:
-            return f"cannot be read as the weights of {wanted.name}: {self.fault}"
-        shapes, difference = self.weights.shapes, ""
-        for key, shape in wanted.needed.items():
-            if shapes.get(key) != shape and not (key in wanted.of_any_size and key in shapes):
-                seen = f"has {key} {list(shapes[key])}" if key in shapes else f"has no {key}"
-                difference = f"{seen}, unlike the {list(shape)}"
-                break
-        else:
-            extra = next((key for key in shapes if key not in wanted.own and not wanted.has_beside(key)), None)
-            difference = f"has {extra}, which is no tensor" if extra else ""
-        layout = f"({self.layout} layout) " * (self.layout != TIMM)
-        return f"{layout}{difference} of {wanted.name}; see {wanted.kwargs}" if difference else ""
-
-
 def find(path: str | Path, weights: Weights, wanted: Wanted, part: Part) -> Reading:
     """Return the reading of a file's tensors that fits the model, without keys that the model lacks.
 
@@ -133,18 +44,14 @@ def find(path: str | Path, weights: Weights, wanted: Wanted, part: Part) -> Read
     """
     root = part_of(path, weights, part.key)
     start, preferred = _start(path, weights, root, part)
-    section = _without_wrappers(weights.under(start))
-    readings = _under_timms_names(section, wanted)
-    fitting = _fitting(readings, wanted)
-    if all(each.prefix for each in fitting):  # or one with a prefix: a library's layout may know what lies around it
-        check_kernels(section.shapes, wanted.option)
-        readings += _converted(section, wanted, LAYOUTS if fitting else CONVERSIONS)
-        fitting = _fitting(readings, wanted)
+    readings, fitting = _search(weights, start, wanted)
     here = [each for each in fitting if each.prefix.startswith(preferred) or preferred.startswith(each.prefix)]
-    fitting = here or fitting
     nearly = [each for each in readings if each.prefix.startswith(preferred) and each.share(wanted) > RESEMBLING]
-    if not fitting or (nearly and not here):
-        raise UserError(_problem(nearly or readings, weights, wanted))
+    if not fitting:
+        raise UserError(_cut(weights, start, root, part, wanted) or _problem([*nearly, *readings], weights, wanted))
+    if nearly and not here:
+        raise UserError(_problem(nearly, weights, wanted))
+    fitting = here or fitting
     if len(fitting) > 1:
         picks = " or ".join(_pick(start + each.prefix, root, wanted) for each in fitting)
         raise UserError(f"{wanted.option} holds {wanted.name} {len(fitting)} times: pick one with {picks}")
@@ -160,6 +67,38 @@ def _start(path: str | Path, weights: Weights, root: str, part: Part) -> tuple[s
         if any(key.startswith(start) for key in weights):
             return start, ""
     raise UserError(f"{path}: no key begins with --model_prefix {part.prefix}; its keys: {shown_keys(weights)}")
+
+
+def _search(weights: Weights, start: str, wanted: Wanted) -> tuple[list[Reading], list[Reading]]:
+    """Return the readings of what is under `start`, and those of them that fit the model."""
+    section = _without_wrappers(weights.under(start))
+    readings = _under_timms_names(section, wanted)
+    fitting = _fitting(readings, wanted)
+    if all(each.prefix for each in fitting):  # or one with a prefix: a library's layout may know what lies around it
+        check_kernels(section.shapes, wanted.option)
+        readings += _converted(section, wanted, LAYOUTS if fitting else CONVERSIONS)
+        fitting = _fitting(readings, wanted)
+    return readings, fitting
+
+
+def _cut(weights: Weights, start: str, root: str, part: Part, wanted: Wanted) -> str:
+    """Say which model the prefix `start` of the keys cuts apart, and what to give instead; "" if it cuts none."""
+    names = start.split(".")
+    for count in reversed(range(len(names) if start else 0)):
+        shorter = "".join(f"{name}." for name in names[:count])
+        for reading in _search(weights, shorter, wanted)[1]:
+            whole = shorter + reading.prefix
+            beside = {shorter + key for key in reading.left_out}
+            beside |= {whole + key for key in reading.weights if key not in wanted.own}
+            inside = any(key.startswith(start) and key not in beside for key in weights)
+            if inside and whole != start and start.startswith(whole):
+                of_key = "--model_key" if wanted.pick == "--model_prefix" else wanted.pick
+                option, given = ("--model_prefix", part.prefix) if part.prefix else (of_key, part.key)
+                instead = whole.removeprefix(root) if part.prefix else whole.removesuffix(".")
+                where = f"under {whole}" if whole else "at the top of the file"
+                way_out = f"give {option} {instead}" if instead else "leave it out"
+                return f"{wanted.option}: {option} {given} cuts apart {wanted.name}, which lies {where}: {way_out}"
+    return ""
 
 
 def _pick(prefix: str, root: str, wanted: Wanted) -> str:
@@ -266,27 +205,3 @@ def _problem(tried: list[Reading], weights: Weights, wanted: Wanted) -> str:
     examples = list(dict.fromkeys(re.sub(r"(?<![A-Za-z\d])\d+", "N", key) for key in weights))  # blocks.N.norm1.bias
     known = ", ".join((TIMM, "its original release", *LIBRARIES))
     return f"{line} ({known}): its keys look like {', '.join(examples[:5])}"
-
-
-def log_reading(reading: Reading, wanted: Wanted, path: str | Path) -> None:
-    """Log what is taken from a file, and what may be wrong with it."""
-    log.info("%s", coverage(reading, wanted, path))
-    if reading.weights.whole:
-        log.info("%s is read whole: %s", path, reading.weights.whole)
-    for remark in reading.remarks:
-        log.warning("%s: %s", path, remark)
-
-
-def coverage(reading: Reading, wanted: Wanted, path: str | Path) -> str:
-    """Say in a line what a reading takes from a file. The head counts apart, because its classes may be others."""
-    taken = sum(key in reading.weights for key in wanted.needed)
-    under = f" under {reading.prefix}" * bool(reading.prefix)
-    line = (
-        f"{taken} of {len(wanted.needed)} tensors of {wanted.name} taken from {path} ({reading.layout} layout{under})"
-    )
-    head = [key for key in wanted.own if key not in wanted.needed]
-    if head:
-        shapes = [reading.weights.shapes[key] for key in head if key in reading.weights]
-        classes = [shape[0] for shape in shapes if len(shape) > 1]
-        line += f"; head: {f'{classes[-1]} classes' if classes else 'none'}"
-    return line + f"; left out: {few(reading.left_out, NAMES_SHOWN)}" * bool(reading.left_out)

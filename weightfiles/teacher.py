@@ -14,7 +14,8 @@ from weightfiles.guard import check_arrays
 from weightfiles.hub import pretrained_file
 from weightfiles.lazy import Weights, find_file, open_file
 from weightfiles.read import FLOATING, check_dtype
-from weightfiles.search import ANY_PART, Part, Reading, Wanted, find, log_reading
+from weightfiles.reading import ANY_PART, Part, Reading, Wanted, log_reading
+from weightfiles.search import find
 
 log = logging.getLogger(__name__)
 
