@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images.folders import LAYOUT, PARTS, class_root, list_classes, list_unlabelled, too_deep
+from images.folders import LAYOUT, PARTS, class_root, list_classes, list_unlabelled, parts_as_classes, too_deep
 from images.huggingface import load_hugging_face
 from images.images import Images
 from images.torchvision_sets import load_row, load_torch
@@ -40,7 +40,7 @@ def load_data(options: argparse.Namespace) -> tuple[Images | None, Images | None
     for images, train in ((train_images, True), (val_images, False)):
         if images:
             root = class_root(name, options.data_path, train, eval_data_path) if name in FOLDERS else None
-            check_classes(images, train, root)
+            check_classes(images, train, root, trained_on=None if train else train_images)
     if train_images and val_images:
         check_same_classes(train_images, val_images)
     num_classes = (train_images or val_images).classes
@@ -118,16 +118,22 @@ def load_unlabelled(name: str, data_path: str) -> Images:
         return list_unlabelled(name, data_path)
 
 
-def check_classes(images: Images, train: bool, root: Path | None = None) -> None:
-    """Raise UserError unless there are classes to tell apart; `root` holds the class folders, if the set has such."""
+def check_classes(images: Images, train: bool, root: Path | None = None, trained_on: Images | None = None) -> None:
+    """Raise UserError unless there are classes to tell apart, which are those of the images `trained_on`.
+
+    `root` holds the class folders, if the set has such.
+    """
     names = images.class_names or [f"number {label}" for label in range(images.classes)]
     if {class_name.lower() for class_name in names} <= PARTS:
-        where = f" in {root}" if root else ""
-        raise UserError(f"--data_set {images.name}: the classes{where} would be {few(names)}: one level too high")
+        where, meant = (f" in {root}", parts_as_classes(root, train)) if root else ("", "")
+        problem = f"the classes{where} would be {few(names)}: one level too high{meant}"
+        raise UserError(f"--data_set {images.name}: {problem}")
     present = np.unique(images.targets())
     if images.classes == 1 or (train and len(present) == 1):
+        hint = too_deep(root, train) if root and images.classes == 1 else ""
+        if trained_on and not hint:  # the better reason
+            check_same_classes(trained_on, images)
         count, use = f"{len(images):,}", "training" if train else "evaluation"
-        hint = too_deep(root) if root and images.classes == 1 else ""
         problem = f"all {count} {use} images are of one class, {names[present[0]]}{hint}"
         raise UserError(f"--data_set {images.name}: {problem}")
     missing = np.setdiff1d(np.arange(images.classes), present)

@@ -20,6 +20,8 @@ LITTER |= {"@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"}  # of network 
 LITTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 OTHER_NAMES = {"train": {"training", "train"}, "val": {"val", "valid", "validation", "test", "testing", "eval"}}
 PARTS = OTHER_NAMES["train"] | OTHER_NAMES["val"]
+FARTHEST = 3  # levels between the folder that is given and the one that may be meant
+MOST = 100  # folders to look into on each level
 
 
 class Listing:
@@ -73,7 +75,7 @@ def list_classes(name: str, root: str | Path) -> Images:
     listing = Listing()
     classes, outside = listing.entries(root)
     if not classes:
-        some = f", only files such as {printable(outside[0])}" if outside else ""
+        some = f", only files such as {printable(outside[0])}{_holder_of_class(Path(root))}" if outside else ""
         raise UserError(f"--data_set {name}: no class folder in {root}{some}; {LAYOUT}")
     paths, labels, deeper = [], [], []
     for label, class_name in enumerate(classes):
@@ -137,32 +139,68 @@ def class_root(name: str, data_path: str, train: bool, eval_data_path: str | Non
 
 
 def _meant(folder: Path) -> str:
-    """Return a hint at a folder beside one that does not exist, "" if none has a similar name."""
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        return ""
-    similar = nearest(folder.name, Listing().entries(parent)[0])
-    return f" (did you mean {parent / similar[0]}?)" if similar else ""
+    """Return a hint at an existing folder whose path is spelt like that of one that does not exist, "" if there is none."""
+    folder = folder.absolute()
+    above = next(parent for parent in folder.parents if os.path.isdir(parent))
+    first, *rest = folder.relative_to(above).parts
+    beside = Listing().entries(above)[0] if os.access(above, os.R_OK | os.X_OK) else []
+    similar = [above.joinpath(name, *rest) for name in nearest(first, beside)]
+    return next((f" (did you mean {each}?)" for each in similar if os.path.isdir(each)), "")
 
 
 def _misplaced(base: Path, part: str) -> str:
     """Return a hint where the images are if `base` has no folder `part`, "" if nothing near looks like them."""
+    absolute = base.absolute()
+    for levels, above in enumerate(absolute.parents[:FARTHEST], 1):
+        if absolute.parts[-levels].lower() in PARTS and (above / part).is_dir():
+            return f" ({base} is {_levels(levels)} too deep: did you mean --data_path {above}?)"
+    if hint := _too_high(base, part, 1):
+        return hint
     folders, _ = Listing().entries(base)
-    above = base.absolute().parent
-    if base.name.lower() in PARTS and (above / part).is_dir():
-        return f" ({base} is one level too deep: did you mean --data_path {above}?)"
-    inside = next((base / folder for folder in folders if (base / folder / part).is_dir()), None)
-    if inside:
-        return f" ({base} is one level too high: did you mean --data_path {inside}?)"
-    other = next((base / folder for folder in folders if folder.lower() in OTHER_NAMES[part]), None)
-    if other:
+    if other := _part_in(base, part):
         return f" (is it {other}? Rename it, or give both parts: --data_path FOLDER --eval_data_path FOLDER)"
-    if folders and not PARTS & set(folders):
+    if hint := _too_high(base, part, FARTHEST):
+        return hint
+    if len(folders) > 1 and not PARTS & set(folders):
         return f" (if its {len(folders)} folders, {few(folders)}, are the classes, share them out to train/ and val/)"
     return ""
 
 
-def too_deep(root: Path) -> str:
+def _too_high(base: Path, part: str, farthest: int) -> str:
+    """Return a hint at the folders up to so many levels below `base` that have a folder `part`, "" if none has."""
+    level = [base]
+    for levels in range(1, farthest + 1):
+        readable = [folder for folder in level[:MOST] if os.access(folder, os.R_OK | os.X_OK)]
+        level = [folder / name for folder in readable for name in Listing().entries(folder)[0]]
+        meant = [str(folder) for folder in level[:MOST] if os.path.isdir(folder / part)]
+        if meant:
+            return f" ({base} is {_levels(levels)} too high: did you mean --data_path {' or '.join(meant[:3])}?)"
+    return ""
+
+
+def _part_in(base: Path, part: str) -> Path | None:
+    """Return the folder of `base` that is called as a part may be, such as valid/; None if there is none."""
+    names = [name for name in Listing().entries(base)[0] if name.lower() in OTHER_NAMES[part]]
+    return base / min(names, key=lambda name: name != part) if names else None
+
+
+def _holder_of_class(root: Path) -> str:
+    """Return a hint at the folder of the class folders if `root`, which has none, looks like a class, "" otherwise."""
+    root = root.absolute()
+    for levels, above in enumerate(root.parents[:FARTHEST], 1):
+        beside = [] if root.name.lower() in PARTS else Listing().entries(above)[0] if levels == 1 else []
+        if above.name.lower() in PARTS or len([name for name in beside if name.lower() not in PARTS]) > 1:
+            return f" ({_levels(levels)} too deep: did you mean {above}?)"
+    return ""
+
+
+def parts_as_classes(root: Path, train: bool) -> str:
+    """Return a hint at the part of `root` that is meant if its class folders are parts, "" if none is called so."""
+    meant = _part_in(root, "train" if train else "val")
+    return f": did you mean {meant}?" if meant else ""
+
+
+def too_deep(root: Path, train: bool) -> str:
     """Return a hint if the one class folder in `root` holds folders that look like the classes, "" otherwise."""
     holder, (folders, _) = root, Listing().entries(root)
     while len(folders) == 1:
@@ -170,8 +208,13 @@ def too_deep(root: Path) -> str:
     if not folders:
         return ""
     levels = len(holder.relative_to(root).parts)
+    if {name.lower() for name in folders} <= PARTS:
+        return f"; {root} is {_levels(levels + 1)} too high{parts_as_classes(holder, train)}"
     return (
-        f"; {holder} holds {len(folders)} folders, {few(folders)}: if these are the classes, they are "
-        f"{'one level' if levels == 1 else f'{levels} levels'} too deep: move them up into {root}, or name the folders "
-        "that they are in by --data_path and --eval_data_path"
+        f"; {holder} holds {len(folders)} folders, {few(folders)}: if these are the classes, they are {_levels(levels)} "
+        f"too deep: move them up into {root}, or name the folders that they are in by --data_path and --eval_data_path"
     )
+
+
+def _levels(count: int) -> str:
+    return "one level" if count == 1 else f"{count} levels"

@@ -121,6 +121,12 @@ def test_one_class_in_folders_is_refused(name, words, tmp_path):
     assert refused(name, tmp_path, *words.split()).endswith(f"all 2 {part} images are of one class, cat")
 
 
+def test_evaluation_of_one_class_names_those_that_are_missing(tmp_path):
+    write_folder(tmp_path, {"train": 2})
+    write_folder(tmp_path, {"val": 2}, ["cat"])
+    assert refused("image_folder", tmp_path).endswith("(only in training: dog; only in evaluation: none)")
+
+
 def test_one_class_in_other_sets_is_refused(tmp_path, monkeypatch, logged):
     tiny_sets.write_parquet(tmp_path / "set")
     name, words = f"hfds/{tmp_path / 'set'}", ["--val_split", "train", "--train_split"]
@@ -163,11 +169,26 @@ def test_folders_within_class_folders_are_said(tmp_path, logged):
 @pytest.mark.parametrize(
     ("path", "words", "hint"),
     [
-        ("", "", "{0} is one level too high: did you mean --data_path {0}/birds?"),
+        ("", "", "{0} is one level too high: did you mean --data_path {0}/birds or {0}/flat or {0}/renamed?"),
+        ("far", "", "{0}/far is 2 levels too high: did you mean --data_path {0}/far/off/birds?"),
+        ("birds/train/cat", "", "{0}/birds/train/cat is 2 levels too deep: did you mean --data_path {0}/birds?"),
+        ("brids/train", "", "no folder {0}/brids/train (did you mean {0}/birds/train?)"),
         ("birds/train", "", "{0}/birds/train is one level too deep: did you mean --data_path {0}/birds?"),
         ("brids", "", "no folder {0}/brids (did you mean {0}/birds?)"),
         ("birds", "--eval_data_path {0}/birds/vla", "no folder {0}/birds/vla (did you mean {0}/birds/val?)"),
-        ("birds", "--eval_data_path {0}/birds", "the classes in {0}/birds would be train, val: one level too high"),
+        (
+            "birds",
+            "--eval_data_path {0}/birds",
+            "the classes in {0}/birds would be train, val: one level too high: did you mean {0}/birds/val?",
+        ),
+        (
+            "birds",
+            "--eval_data_path {0}/birds/val/cat",
+            "files such as 0.png (one level too deep: did you mean {0}/birds/val?)",
+        ),
+        ("birds", "--eval_data_path {0}/birds/val/dog/big", "(2 levels too deep: did you mean {0}/birds/val?)"),
+        ("bare/cat", "--eval_data_path {0}/birds/val", "0.png (one level too deep: did you mean {0}/bare?)"),
+        ("birds", "--eval_data_path {0}/sets", "{0}/sets is 2 levels too high: did you mean {0}/sets/birds/test?"),
         ("classes", "", "no folder {0}/classes/train (if its 2 folders, cat, dog, are the classes, share them out"),
         ("renamed", "", "no folder {0}/renamed/val (is it {0}/renamed/test? Rename it, or give both parts"),
         ("flat", "", "no class folder in {0}/flat/train, only files such as 0.png"),
@@ -176,7 +197,10 @@ def test_folders_within_class_folders_are_said(tmp_path, logged):
 )
 def test_folder_that_was_meant_is_named(path, words, hint, tmp_path):
     write_folder(tmp_path / "birds")
-    write_folder(tmp_path, {"classes": 1})
+    write_folder(tmp_path, {"classes": 1, "bare": 1})
+    write_folder(tmp_path / "sets" / "birds", {"train": 1, "test": 1})
+    write_folder(tmp_path / "far" / "off" / "birds")
+    write_image(tmp_path / "birds" / "val" / "dog" / "big" / "1.png", 0)
     write_folder(tmp_path / "renamed", {"train": 1, "test": 1})
     write_image(tmp_path / "flat" / "train" / "0.png", 0)
     message = refused("image_folder", tmp_path / path, *words.format(tmp_path).split())
