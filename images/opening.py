@@ -12,6 +12,8 @@ from utils import UserError
 
 # Up to twice its limit of pixels Pillow only warns, without the file's name, and decodes.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Converting such an image to RGB leaves its transparency out, as torchvision does, and as the documentation says.
+warnings.filterwarnings("ignore", "Palette images with Transparency expressed in bytes", UserWarning)
 
 
 def open_image(file: str | BinaryIO) -> Image.Image:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -191,6 +192,16 @@ def test_run_with_exif_equals_one_on_turned_files(way, tiny_run, tmp_path):
     assert logs[0] == logs[1] != logs[2]
     resumed = tiny_run(*words, "--epochs 2 --exif true", output_dir=tmp_path / "run tagged false")
     assert "--exif was False, is True" in error_of(script, *resumed)
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):
+    importlib.reload(opening)  # pytest has reset the filters of warnings
+    palette = Image.fromarray(EIGHT.astype(np.uint8)).convert("P")
+    palette.save(tmp_path / "image.png", transparency=bytes(range(256)))
+    image, _ = Images("x", [0], paths=[tmp_path / "image.png"])[0]
+    assert np.array_equal(np.asarray(image)[..., 0], EIGHT) and not recwarn
+    warnings.warn("another", UserWarning, stacklevel=1)
+    assert len(recwarn) == 1
 
 
 # ---- size ----
