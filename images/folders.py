@@ -99,7 +99,7 @@ def list_unlabelled(name: str, data_path: str) -> Images:
     root = os.path.join(data_path, "train")
     root = root if os.path.isdir(root) else data_path
     if not os.path.isdir(root):
-        meant = _meant(Path(data_path))
+        meant = folder_meant(Path(data_path))
         raise UserError(f"--data_path {data_path}: no such folder{meant}; wanted images in it or in its train/")
     listing = Listing()
     paths = listing.images(root)
@@ -134,11 +134,11 @@ def class_root(name: str, data_path: str, train: bool, eval_data_path: str | Non
         return base
     if root.is_dir():
         return root
-    hint = _meant(base) if not base.is_dir() else _misplaced(base, part)
+    hint = folder_meant(base) if not base.is_dir() else _misplaced(base, part)
     raise UserError(f"--data_set {name}: no folder {root if base.is_dir() else base}{hint}; {LAYOUT}")
 
 
-def _meant(folder: Path) -> str:
+def folder_meant(folder: Path) -> str:
     """Return a hint at an existing folder whose path is spelt like that of one that does not exist, "" if there is none."""
     folder = folder.absolute()
     above = next(parent for parent in folder.parents if os.path.isdir(parent))

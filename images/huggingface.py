@@ -16,10 +16,10 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from images.folders import announce_download
+from images.folders import announce_download, folder_meant
 from images.images import Images
 from images.opening import open_image
-from utils import UserError
+from utils import UserError, first_line, hint
 
 PROJECT = Path(__file__).resolve().parents[1]
 _package: ModuleType | None = None  # Hugging Face's, once it is imported
@@ -67,9 +67,20 @@ class Rows:
 
 def load_hugging_face(name: str, cache_dir: str, split: str, input_key: str, target_key: str) -> Images:
     """Load a split of `hfds/NAME`, downloading it to `cache_dir` if needed; UserError for a missing or unusable column."""
+    short = name.removeprefix("hfds/")
+    place = Path(short)
+    if short.startswith(("/", ".")) and not place.exists():  # the hub would be asked for a minute
+        raise UserError(f"--data_set {name}: no folder {place}{folder_meant(place)}")
     with hugging_face() as package:
         announce_download(name, cache_dir)
-        rows = package.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=cache_dir)
+        try:
+            rows = package.load_dataset(short, split=split, cache_dir=cache_dir)
+        except OSError as error:  # there is no such set, or the hub cannot be reached
+            there = [folder.name.replace("___", "/") for folder in Path(cache_dir).glob("[!_]*/")]
+            if nearest := hint(short, there):
+                reason = f"could be neither read nor downloaded ({first_line(error)})"
+                raise UserError(f"--data_set {name} {reason}{nearest}, in {cache_dir}") from error
+            raise
         for option, column in (("input_key", input_key), ("target_key", target_key)):
             if column not in rows.column_names:
                 has = ", ".join(rows.column_names)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from images.folders import announce_download, list_classes
 from images.images import Images
-from utils import Stream, UserError, permutation
+from utils import Stream, UserError, first_line, hint, permutation
 
 
 class Digits:
@@ -58,6 +58,7 @@ TABLE = {
     "fashion_mnist": Row(tv.FashionMNIST, train=[True], evaluate=[False]),
     "digits": Row(Digits),
 }
+OF_TIMM = "cifar10 cifar100 mnist kmnist fashion_mnist qmnist imagenet places365 inaturalist image_folder".split()
 
 
 def load_row(name: str, root: str, train: bool, download: bool) -> Images:
@@ -76,9 +77,13 @@ def load_torch(name: str, root: str, split: str, download: bool) -> Images:
     """Load a split of `torch/NAME`, which timm builds."""
     is_folder = name in ("torch/image_folder", "torch/folder")
     more = {"allow_empty": True} if is_folder else {}  # `list_classes` judges that, because it knows what is hidden
-    whole = _made(
-        name, root, download, functools.partial(timm.data.create_dataset, name, root=root, split=split, **more)
-    )
+    make = functools.partial(timm.data.create_dataset, name, root=root, split=split, **more)
+    try:
+        whole = _made(name, root, download, make)
+    except AssertionError as error:
+        short = name.removeprefix("torch/")
+        known = f"the NAME of torch/NAME is one of {', '.join(OF_TIMM)}{hint(short, OF_TIMM)}"
+        raise UserError(f"--data_set {name}: {first_line(error)}; {known}") from error
     return list_classes(name, whole.root) if is_folder else _joined(name, [whole])
 
 

@@ -7,6 +7,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import timm
 import tiny_sets
 import torchvision.datasets as tv
 from conftest import error_of
@@ -15,6 +16,7 @@ from tiny_sets import write_folder, write_image
 import datasets
 import main as script
 from images.images import Images
+from images.torchvision_sets import OF_TIMM
 from options.training import training_options, unknown_data_set
 from utils import UserError, nearest
 
@@ -276,6 +278,34 @@ def test_nearest_names_of_data_sets_are_given(name, meant, capsys):
 def test_name_like_no_other_has_no_nearest():
     assert unknown_data_set("xyz").endswith("hfds/NAME") and unknown_data_set("torch/mnist") is None
     assert nearest("a", ["bat", "cat"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("minst", "mnist, qmnist, kmnist"), ("fashion-mnist", "fashion_mnist"), ("places", "places365"), ("xyz", None)],
+)
+def test_nearest_names_of_timms_sets_are_given(name, meant, tmp_path):
+    message = refused(f"torch/{name}", tmp_path)
+    known = (
+        f"--data_set torch/{name}: Unknown torchvision dataset {name}; the NAME of torch/NAME is one of cifar10, cifar"
+    )
+    assert message.startswith(known) and message.endswith(f"; nearest: {meant}" if meant else ", image_folder")
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_timm_knows_the_names_that_are_listed(name, tmp_path):
+    with pytest.raises((OSError, RuntimeError)):  # not AssertionError: its files are missing
+        timm.data.create_dataset(f"torch/{name}", root=str(tmp_path / "none"), split="train")
+
+
+def test_nearest_folders_and_downloads_of_hugging_face_are_given(tmp_path):
+    tiny_sets.write_parquet(tmp_path / "sets" / "mine")
+    message = refused(f"hfds/{tmp_path}/sets/mime", tmp_path / "cache")
+    assert message.endswith(f"no folder {tmp_path}/sets/mime (did you mean {tmp_path}/sets/mine?)")
+    for folder in ("uoft-cs___cifar100", "x___y", "_locks"):
+        (tmp_path / "cache" / folder).mkdir(parents=True)
+    message = refused("hfds/cifar100", tmp_path / "cache")
+    assert message.endswith(f"; nearest: uoft-cs/cifar100, in {tmp_path}/cache") and "(Couldn't reach" in message
 
 
 def test_hugging_face_set_without_labels_names_the_other_way(tmp_path, tiny_run):
