@@ -1,6 +1,7 @@
 """The ways to load an exported folder, each with the pixels that it makes of an image, and what they give side by side."""
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,11 @@ def by_onnx(folder: Path, pixels: Callable[[Image.Image], Tensor]) -> Way:
     return Way("ONNX", pixels, lambda batch: torch.from_numpy(session.run(None, {"pixel_values": batch.numpy()})[0]))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a message of onnxscript's optimizer is more than a node that it leaves as it is."""
+    return not record.getMessage().startswith("Skipping constant folding")
+
+
 def write_onnx(model: nn.Module, shape: Sequence[int], path: Path) -> None:
     """Write a model as ONNX that takes `pixel_values` [batch, *shape], for any batch, and returns `logits` [batch, classes].
 
@@ -96,6 +102,7 @@ def write_onnx(model: nn.Module, shape: Sequence[int], path: Path) -> None:
     example = (torch.zeros(2, *shape),)  # of two images: torch takes a size of 1 for one that never changes
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     batch = ({0: torch.export.Dim("batch")},)
+    logging.getLogger("onnxscript.optimizer._constant_folding").addFilter(_is_news)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of its own deprecated functions
             # in one file: what is published together should not come apart

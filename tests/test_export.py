@@ -19,6 +19,7 @@ import main as script
 import models
 import predict
 from deploy.exported import from_run
+from deploy.ways import write_onnx
 from images.settings import View
 from images.transforms import eval_config, eval_transform
 from options.training import training_options
@@ -135,6 +136,14 @@ def test_missing_packages_for_onnx_are_named(runs, tmp_path, monkeypatch, caplog
     wanted = "--onnx needs the packages onnx and onnxscript: pip install onnxscript"
     assert error_of(export, runs / "vit", tmp_path / "none", "--onnx") == wanted
     assert not (tmp_path / "none").exists()
+
+
+def test_what_the_optimizer_of_onnx_leaves_alone_is_not_news(tmp_path, caplog):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    write_onnx(models.create("vit_small_patch16_dinov3_qkvb", sizes).eval(), [3, 16, 16], tmp_path / "model.onnx")
+    logging.getLogger("onnxscript.optimizer._constant_folding").warning("another")
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["another"]  # nothing of Split, which its rotary embedding has in each block
 
 
 def test_without_data_random_images_are_checked_and_said(runs, image_folder, tmp_path, monkeypatch, caplog):
