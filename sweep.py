@@ -7,10 +7,13 @@ Each run is a process of main.py with its own folder in --output_dir. The same c
 
 import argparse
 import functools
+import hashlib
 import json
 import os
+import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +30,8 @@ from training.finished import is_finished, settings_of
 from training.launch import say, work_off
 from utils import UserError, is_first_process, run_script
 
+LONGEST = 240  # bytes of a folder's name without the seed and .lock; file systems take 255
+DIGITS = 8  # of a digest in a name
 MAIN = Path(__file__).with_name("main.py")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node {} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
 SIZES = (
@@ -63,14 +68,40 @@ def planned(files: list[str], seeds: int, words: list[str], output_dir: Path) ->
 
 
 def arm_names(files: list[str]) -> list[str]:
-    """Return distinct names for the files: without their endings, and if need be with their folders' names before."""
-    paths = [Path(file.partition("#")[0]) for file in files]
-    stems = [path.name if path.is_dir() else path.stem for path in paths]
-    with_folders = [f"{path.absolute().parent.name}_{stem}" for path, stem in zip(paths, stems, strict=True)]
-    for names in (stems, with_folders):
-        if len({*names, "random"}) == len(names) + 1:
+    """Return distinct names of folders for the files: without their endings, and with as many of the folders above as needed.
+
+    They depend on the files alone. Names that a file system may take for the same, and "random", are not distinct. If no
+    folders help, a digest of the path does.
+    """
+    paths = [os.path.abspath(re.sub("^https://", "/", file.partition("#")[0])) for file in files]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"--initialize {' '.join(files)}: {path} is given twice")
+    parts = [Path(path).parts[1:] or ("",) for path in paths]
+    stems = [Path(path).name if os.path.isdir(path) else Path(path).stem for path in paths]
+    for folders in range(max(len(each) for each in parts)):
+        names = [_cleaned("_".join([*each[-1 - folders : -1], stem])) for each, stem in zip(parts, stems, strict=True)]
+        if len({_folded(name) for name in [*names, "random"]}) == len(names) + 1:
             return names
-    raise UserError(f"--initialize {' '.join(files)}: their names are not distinct; a run's folder has its file's name")
+    return [_cleaned(f"{stem}-{_digest(path)}") for stem, path in zip(stems, paths, strict=True)]
+
+
+def _cleaned(name: str) -> str:
+    """Return a name for a folder that can be printed, is no option, and leaves room for a seed and an ending."""
+    name = re.sub("^-", "_", "".join(each if each.isprintable() else "_" for each in name)) or "weights"
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    start = name.encode()[: LONGEST - DIGITS - 1].decode(errors="ignore")
+    return f"{start}-{_digest(name)}"
+
+
+def _folded(name: str) -> str:
+    """Return what names have in common that differ in case or in the code points of accents alone."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:DIGITS]
 
 
 # ---- checks before the first run ----

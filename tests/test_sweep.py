@@ -188,10 +188,42 @@ def test_folders_and_equal_names_of_files_give_distinct_folders(tmp_path):
     assert sweep.arm_names([a, b, "https://x.org/y/deit.pth#sha256=" + "0" * 64]) == ["a", "b.1", "deit"]
     assert sweep.arm_names([f"{a}/vit.pth", f"{b}/vit.pth"]) == ["a_vit", "b.1_vit"]
     assert sweep.arm_names([f"{a}/random.pth"]) == ["a_random"]
-    with pytest.raises(UserError, match="their names are not distinct"):
-        sweep.arm_names([a, a])
+    with pytest.raises(UserError, match=f"--initialize {a} {a}/../a: {a} is given twice"):
+        sweep.arm_names([a, f"{a}/../a"])
     assert sweep.sha256_of(a, "elsewhere/vit.pth") == sweep.sha256_of(f"{b}/vit.pth", "")
     assert sweep.sha256_of(a, "gone.pth") == "missing"
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["/x/a/vit.pth", "/y/a/vit.pth"], ["x_a_vit", "y_a_vit"]),  # folders of one name, too
+        (["https://x.org/vit.pth#sha256=0", "https://y.org/vit.pth#sha256=1"], ["x.org_vit", "y.org_vit"]),
+        (["/a/vit.pth", "/a/vit.safetensors"], ["vit-fb77771d", "vit-a1de63ad"]),  # sha256 of the paths
+        (["/a/b_c.pth", "/a_b/c.pth"], ["b_c", "c"]),
+        (["/x/ViT.pth", "/y/vit.pth"], ["x_ViT", "y_vit"]),  # one folder on a Mac
+        (["/x/e\u0301.pth", "/y/\u00e9.pth"], ["x_e\u0301", "y_\u00e9"]),
+        (["/x/RANDOM.pth", "/y/vit.pth"], ["x_RANDOM", "y_vit"]),
+        (["/random.pth"], ["random-f8eda500"]),
+        (["/x/a\nb.pth", "/y/a\tb.pth"], ["x_a_b", "y_a_b"]),  # equal once they can be printed
+        (["/x/-v.pth"], ["_v"]),
+        (["/x/\udcff.pth"], ["_"]),
+    ],
+    ids=ascii,
+)
+def test_every_file_has_a_folder_of_its_own(files, names, tmp_path, monkeypatch):
+    assert sweep.arm_names(files) == names
+    monkeypatch.chdir(tmp_path)
+    assert sweep.arm_names(files) == names and sweep.arm_names(files[::-1]) == names[::-1]
+
+
+def test_long_names_leave_room_and_stay_distinct(tmp_path):
+    long = ["ä" * 122 + end for end in ("b", "c")]  # 245 bytes
+    names = sweep.arm_names([f"/x/{name}.pth" for name in long])
+    assert len(set(names)) == 2 and all(name.startswith("ä" * 110) for name in names)
+    for name in names:
+        (tmp_path / f"{name}-999.lock").touch()
+    assert sweep.arm_names([f"/x/{'ä' * 120}.pth"]) == ["ä" * 120]
 
 
 def test_sharded_start_counts_as_main_counts_it(tmp_path):
