@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from datasets import FOLDERS, load_images
-from deploy.exported import CONFIG, MARK, ONNX, WEIGHTS, Exported, from_run, read_config
+from deploy.exported import ONNX, Exported, from_run
 from deploy.ways import Way, accuracies, differences, missing, open_ways, write_onnx
 from files import check_creatable, write_together
 from images.images import Images
@@ -36,6 +36,7 @@ from models.fit import check_fit
 from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from training.teacher import check_same_classes
 from utils import UserError, json_lines, run_script, start_logging
+from weightfiles.folder import CONFIG, MARK, WEIGHTS, mark_of, read_config
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ def check_replaceable(folder: Path, onnx: bool) -> None:
         raise UserError(f"{folder} is not a folder")
     check_creatable(folder / CONFIG, f"{folder} cannot be written to")
     there = [name for name in (CONFIG, WEIGHTS, ONNX) if (folder / name).exists()]
-    mark = (read_config(folder) or {}).get(MARK)
-    if there and not (isinstance(mark, dict) and mark.get("format") == EXPORT_FORMAT):
+    if there and mark_of(read_config(folder) or {}).get("format") != EXPORT_FORMAT:
         raise UserError(f"{folder / there[0]} was not written by export.py and would be lost: name another folder")
     if ONNX in there and not onnx:
         raise UserError(f"{folder / ONNX} would be left from the export before: name another folder, or give --onnx")

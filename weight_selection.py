@@ -226,8 +226,9 @@ def calibration_images(options: argparse.Namespace, teacher: Trained, student: M
     view = View(options.input_size or height, None, imagenet, channels)
     seen = mean_and_std(imagenet, image_channels(teacher.kwargs, "--pretrained_kwargs"))
     if teacher.mean_and_std not in (None, seen):
-        text = "%s was trained with --imagenet_default_mean_and_std %s, and sees images with %s"
-        log.warning(text, teacher.path, teacher.imagenet, imagenet)
+        named = f"--imagenet_default_mean_and_std {teacher.imagenet}"
+        own = "mean {} and standard deviation {}".format(*teacher.mean_and_std) if teacher.imagenet is None else named
+        log.warning("%s was trained with %s, and sees images with %s", teacher.path, own, imagenet)
     about = {"data_set": options.data_set, "input_size": view.input_size, "exif": exif}
     about |= {"mean": list(view.mean), "std": list(view.std)}
     calibration = Calibration(evaluation_batches(images, chosen, view, BATCH), len(chosen), folder, about)

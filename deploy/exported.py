@@ -1,10 +1,6 @@
 """A trained model apart from the run that trained it, described as timm and the Hugging Face Hub describe one."""
 
 import argparse
-import hashlib
-import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +14,11 @@ from images.transforms import eval_config
 from models.build import constructor_arguments
 from training.checkpoint import checkpoint_of, options_of, read_checkpoint
 from utils import UserError
-from weightfiles.lazy import open_file
+from weightfiles.folder import MARK, WEIGHTS, mark_of, read_config
+from weightfiles.lazy import check_described, open_file
 from weightfiles.read import check_finite, flatten
 
-CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
-MARK = "weight_selection"  # what config.json says to this project alone: checkpoint, sha256 of the weights, --exif
+ONNX = "model.onnx"
 # Arguments of a constructor that main.py's options set and that change the training alone
 TRAINING_ONLY = ("drop_path_rate", "head_init_scale")
 
@@ -51,8 +47,7 @@ class Exported:
     @property
     def upright(self) -> bool:
         """Whether images are first turned as their EXIF orientation says, as in a run with --exif true."""
-        mark = self.config.get(MARK)
-        return isinstance(mark, dict) and mark.get("exif") is True
+        return mark_of(self.config).get("exif") is True
 
     def build(self) -> nn.Module:
         """Build the model with its weights, to evaluate. UserError if the weights are another model's."""
@@ -122,30 +117,5 @@ def read_exported(location: Path, key: str) -> Exported:
     weights = location / WEIGHTS
     tensors = dict(open_file(weights))
     check_finite(tensors, weights)
-    mark = config.get(MARK)
-    if isinstance(mark, dict) and mark.get("sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():
-        raise UserError(f"{weights} is not the file that its {CONFIG} describes (sha256 differs): export it again")
+    check_described(weights, config)
     return Exported(weights, config, tensors)
-
-
-def read_config(folder: Path) -> dict | None:
-    """Read the config.json of a folder that timm can load; None if the folder has none. UserError if it is damaged."""
-    file = folder / CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if os.path.isfile(file) else {}
-        if "architecture" not in content:
-            return None
-        seen, arguments = content["pretrained_cfg"], dict(content.get("model_args") or {})
-        channels, height, width = seen["input_size"]
-        if seen.get("fixed_input_size"):  # as timm does for what others have written
-            arguments.setdefault("img_size", [height, width])
-        if channels != 3:
-            arguments.setdefault("in_chans", channels)
-        names, count = content.get("label_names"), int(content["num_classes"])
-        if names is not None and not (isinstance(names, list) and len(names) == count):
-            raise ValueError(f"its label_names are not a list of {count} names")
-        if not re.fullmatch(r"\w+", content["architecture"]):  # a name with a source would be looked up in the network
-            raise ValueError(f"{content['architecture']} is not a name of timm")
-        return content | {"model_args": arguments, "label_names": names and list(map(str, names))}
-    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{file} does not describe a model ({type(error).__name__}: {error})") from error

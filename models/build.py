@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import timm
 import torch
-from timm.models import get_deprecated_models, is_model, list_models, list_pretrained
+from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, list_pretrained
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,6 +61,13 @@ def timm_arguments(name: str, kwargs: dict) -> tuple[str, dict]:
     known = [*VARIANTS, *list_models(), *list_pretrained()]
     reason = "was dropped by timm 1.x without a successor" if name in WITHOUT_SUCCESSOR else "is not a model"
     raise UserError(f"{name} {reason} (timm {timm.__version__}){hint(name, known)}")
+
+
+def our_name(architecture: str, arguments: dict) -> str:
+    """Return a name for timm's own `architecture`, with a tag where ours of that name has other defaults."""
+    _, defaults = VARIANTS.get(architecture, (None, {}))
+    tag = "" if defaults.keys() <= arguments.keys() else f".{get_pretrained_cfg(architecture).tag}"
+    return architecture + tag
 
 
 class _WithoutValues(TorchFunctionMode):

@@ -7,6 +7,8 @@ import argparse
 import os
 import re
 
+MODEL_KEY = "model|module|state_dict"  # where training checkpoints keep their weights
+
 
 class Settings:
     """The base of dataclasses whose fields are options of the same names: what one part of a run takes of them."""

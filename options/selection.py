@@ -2,7 +2,7 @@
 
 import argparse
 
-from options.parser import BOOLEAN, Formatter, Parser, add_keywords, changed, expression, gain, number
+from options.parser import BOOLEAN, MODEL_KEY, Formatter, Parser, add_keywords, changed, expression, gain, number
 
 LAYER_RULES = ("first", "last", "middle", "uniform")
 
@@ -100,8 +100,9 @@ def _pair_options(group: argparse._ArgumentGroup) -> None:
         "vit_small_patch16_224_in21k, convnext_tiny_in22k, …)")
     add("--pretrained_path", metavar="FILE", help="read the teacher's weights from this file instead of the network: "
         ".safetensors, .pth, .pt, .bin, an .index.json of these, .npz, a folder with model.safetensors or "
-        "pytorch_model.bin; or the folder or a checkpoint of a run of main.py, which says what model it is")
-    add("--model_key", default="model|module|state_dict", help="where in the file to look first; a single name, e.g. "
+        "pytorch_model.bin; or a run of main.py (its folder or a checkpoint) or a folder of export.py, which say what model "
+        "it is")
+    add("--model_key", default=MODEL_KEY, help="where in the file to look first; a single name, e.g. "
         "model_ema, must be there")
     add("--model_prefix", default="", help="take only keys that begin with it (default: what fits the teacher)")
     add_keywords(group, "--pretrained_kwargs", "arguments of the teacher's constructor, for a custom size")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from options.parser import BOOLEAN, Formatter, Parser, add_keywords, epochs, number
+from options.parser import BOOLEAN, MODEL_KEY, Formatter, Parser, add_keywords, epochs, number
 
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
@@ -77,8 +77,8 @@ def training_parser() -> argparse.ArgumentParser:
         "https://…#sha256=…; leave it out for the random-init baseline")
     add("--init", choices=("timm", "xavier", "kaiming", "mimetic"), default="timm", help="random init: timm's own, or "
         "a baseline of the paper's comparison; mimetic is for ViTs")
-    add("--model_key", default="model|module", help="where in the file to look first; a single name, e.g. model_ema, "
-        "must be there")
+    add("--model_key", default="model|module", help="where in the file to look first, before state_dict; a single name, "
+        "e.g. model_ema, must be there")
     add("--model_prefix", default="", help="take only keys that begin with it (default: what fits the model)")
 
     add = parser.add_argument_group("data").add_argument
@@ -162,9 +162,9 @@ def training_parser() -> argparse.ArgumentParser:
     add("--teacher_model", metavar="NAME", help="any name as for --model; its weights are timm's without "
         "--teacher_path")
     add_keywords(group, "--teacher_kwargs", "arguments of its constructor")
-    add("--teacher_path", metavar="FILE", help="a file of its weights, or the folder or a checkpoint of a run of "
-        "main.py, which says what model it is")
-    add("--teacher_key", default="model|module|state_dict", help="where in the file its weights are, e.g. model_ema")
+    add("--teacher_path", metavar="FILE", help="a file of its weights; or a run of main.py (its folder or a "
+        "checkpoint) or a folder of export.py, which say what model it is")
+    add("--teacher_key", default=MODEL_KEY, help="where in the file its weights are, e.g. model_ema")
     add("--distillation_alpha", type=number(float, 0), default=1.0, help="weight of its loss beside the task's")
     add("--distillation_tau", type=number(float, 1e-3), default=1.0, help="temperature of the logits")
 

@@ -12,7 +12,8 @@ import torch
 from weight_files import TENSORS, assert_equal, assert_refused, flip, repack, save
 
 from utils import UserError
-from weightfiles.lazy import find_file, open_weights
+from weightfiles.folder import find_file
+from weightfiles.lazy import open_weights
 from weightfiles.read import read_file
 
 BUFFER = torch.arange(100.0, 120.0)

@@ -1,28 +1,34 @@
-"""A trained model to take weights from: which model it is, and where its weights are. A run of main.py knows both."""
+"""A trained model to take weights from: which model it is, and where its weights are.
+
+A run of main.py knows both, and so does a folder whose config.json names timm's architecture, as export.py writes it.
+"""
 
 import argparse
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import models
+from models.build import our_name
 from models.pixels import MeanAndStd, mean_and_std
 from options.training import plain, training_defaults
 from training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, checkpoint_of
-from utils import UserError
-from weightfiles.lazy import find_file, library_files, read_mapped
+from utils import UserError, first_line
+from weightfiles.folder import CONFIG, FOLDER_FILES, find_file, library_files, mark_of, read_config
+from weightfiles.lazy import check_described, read_mapped
 from weightfiles.read import check_file
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and the file of its weights. What only a run of main.py knows is None for other files."""
+    """A model and the file of its weights. What nobody says is None."""
 
-    name: str | None  # None: nobody says
+    name: str | None
     kwargs: dict
     path: Path | None = None  # None: timm knows where
     classes: list[str] | int | None = None
     input_size: int | None = None
-    imagenet: bool | None = None  # whether its images were normalized by ImageNet's mean and std
+    mean_and_std: MeanAndStd | None = None  # by which its images were normalized
     exif: bool | None = None  # whether they were turned as their EXIF orientation says
 
     @property
@@ -31,31 +37,46 @@ class Trained:
         return self.kwargs.get("in_chans", 3)
 
     @property
-    def mean_and_std(self) -> MeanAndStd | None:
-        """By which a run's images were normalized."""
-        return None if self.imagenet is None else mean_and_std(self.imagenet, self.channels)
+    def imagenet(self) -> bool | None:
+        """The value of --imagenet_default_mean_and_std by which its images were normalized; None if none is it."""
+        values = (value for value in (True, False) if self.mean_and_std == mean_and_std(value, self.channels))
+        return next(values, None)
 
 
 def find_trained(name: str | None, kwargs: dict, location: str | None, key: str, options: str) -> Trained:
-    """Find out which model `location` holds: a file of weights, or a run of main.py, which says it itself.
+    """Find out which model `location` holds: a file of weights, or what says it itself.
 
-    A run is a checkpoint or the folder of one, where `key` picks the best of the weights that it names. UserError if
-    there is no such file, or a run is of another model than `name` and `kwargs`; it names `options` followed by _model,
-    _kwargs or _path.
+    A run of main.py does, by a checkpoint or its folder, where `key` picks the best of the weights that it names; and so
+    does a folder with timm's config.json, or the file of weights in it if there is no `name`. UserError if there is no
+    such file, or it is of another model than `name` and `kwargs`; it names `options` followed by _model, _kwargs or _path.
     """
     if not location:
         return Trained(name, kwargs)
     try:
         path, state = _open(Path(location), key)
+        named_alone = path.name in FOLDER_FILES and (name is None or os.path.isdir(location))
+        config = read_config(path.parent) if state is None and named_alone else None
+        described = config and _described(path, config)
     except UserError as error:
         raise UserError(f"{options}_path {error}") from error
-    if state is None:
+    if state is not None:
+        run = _read_run(path, state, f"{options}_path")
+        if name and models.timm_arguments(name, {}) != models.timm_arguments(run.name, {}):
+            raise UserError(f"{options}_model {name}, but {options}_path {path} is a checkpoint of {run.name}")
+        _check_kwargs(run, kwargs, options, "is a checkpoint of")
+        return run
+    if not described or (name or "").startswith("hf-hub:"):
         return Trained(name, kwargs, path)
-    run = _read_run(path, state, f"{options}_path")
-    if name and models.timm_arguments(name, {}) != models.timm_arguments(run.name, {}):
-        raise UserError(f"{options}_model {name}, but {options}_path {path} is a checkpoint of {run.name}")
-    _check_kwargs(run, kwargs, options)
-    return run
+    timm_name, given = models.timm_arguments(name, kwargs) if name else (described.name, kwargs)
+    if timm_name.partition(".")[0] != described.name.partition(".")[0]:
+        raise UserError(f"{options}_model {name}, but {options}_path {path} has a {CONFIG} of {described.name}")
+    # what it does not list is timm's default, and timm resamples the weights for another image size
+    checked = {
+        key: value for key, value in given.items() if key in (*described.kwargs, "num_classes") and key != "img_size"
+    }
+    _check_kwargs(described, checked, options, f"has a {CONFIG} of")
+    more = {key: value for key, value in given.items() if key != "num_classes"}
+    return replace(described, kwargs=described.kwargs | more)
 
 
 def _open(path: Path, key: str) -> tuple[Path, dict | None]:
@@ -82,16 +103,30 @@ def _read_run(path: Path, state: dict, option: str) -> Trained:
         raise UserError(f"{option} {path}: the options or classes in this checkpoint are damaged")
     if "img_size" not in kwargs and models.takes_image_size(models.create(name, kwargs, device="meta")):
         kwargs = kwargs | {"img_size": size}
-    seen = bool(then["imagenet_default_mean_and_std"]), bool(then["exif"])
-    return Trained(name, kwargs, path, classes, size, *seen)
+    seen = mean_and_std(bool(then["imagenet_default_mean_and_std"]), kwargs.get("in_chans", 3))
+    return Trained(name, kwargs, path, classes, size, seen, bool(then["exif"]))
 
 
-def _check_kwargs(run: Trained, kwargs: dict, options: str) -> None:
-    """UserError if arguments of a constructor contradict a run's, which come from JSON."""
-    known = run.kwargs
-    if run.classes is not None:
-        known = known | {"num_classes": run.classes if isinstance(run.classes, int) else len(run.classes)}
+def _described(path: Path, config: dict) -> Trained:
+    """Read from the config.json beside a file what model it holds. UserError if it does not describe one, or other weights."""
+    check_described(path, config)
+    seen, arguments = config["pretrained_cfg"], config["model_args"]
+    try:
+        name, arguments = models.timm_arguments(our_name(config["architecture"], arguments), arguments)
+        normalized = tuple(tuple(map(float, seen[each])) for each in ("mean", "std")) if "mean" in seen else None
+    except (LookupError, TypeError, UserError, ValueError) as error:
+        raise UserError(f"{path.parent / CONFIG} does not describe a model: {first_line(error)}") from error
+    classes = config["label_names"] or int(config["num_classes"])
+    return Trained(name, arguments, path, classes, seen["input_size"][1], normalized, mark_of(config).get("exif"))
+
+
+def _check_kwargs(known: Trained, kwargs: dict, options: str, relation: str) -> None:
+    """UserError if arguments of a constructor contradict those that are known, which come from JSON."""
+    arguments = known.kwargs
+    if known.classes is not None:
+        count = known.classes if isinstance(known.classes, int) else len(known.classes)
+        arguments = arguments | {"num_classes": count}
     for key, value in plain(argparse.Namespace(**kwargs)).items():
-        if known.get(key) != value:
-            problem = f"is a checkpoint of a model with {key}={known[key]}" if key in known else f"has no {key}"
-            raise UserError(f"{options}_kwargs {key}={value}, but {options}_path {run.path} {problem}")
+        if arguments.get(key) != value:
+            problem = f"{relation} a model with {key}={arguments[key]}" if key in arguments else f"has no {key}"
+            raise UserError(f"{options}_kwargs {key}={value}, but {options}_path {known.path} {problem}")

@@ -13,7 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from utils import UserError, first_line
-from weightfiles.lazy import INDEX_SUFFIX, read_index
+from weightfiles.folder import INDEX_SUFFIX
+from weightfiles.lazy import read_index
 
 # safetensors files that the hub names differently from the .bin file
 SAFE_NAMES = {

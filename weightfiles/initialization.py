@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from files import InUse, Lock, check_creatable, read_text, write_together
 from models import family_of
 from utils import UserError, first_line, json_lines
-from weightfiles.lazy import find_file, library_files, open_file, sha256_of
+from weightfiles.folder import find_file, library_files
+from weightfiles.lazy import open_file, sha256_of
 from weightfiles.read import WEIGHT_SUFFIXES, check_finite, format_of
 from weightfiles.reading import ANY_PART, Part, Wanted, log_reading
 from weightfiles.search import find

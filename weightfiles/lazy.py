@@ -11,7 +11,9 @@ import safetensors
 import torch
 from torch import Tensor
 
+from options.parser import MODEL_KEY
 from utils import UserError, first_line
+from weightfiles.folder import CONFIG, INDEX_SUFFIX, mark_of, settings_beside
 from weightfiles.read import (
     check_file,
     flatten,
@@ -24,12 +26,6 @@ from weightfiles.read import (
     unpickle,
 )
 
-MODEL_KEY = "model|module|state_dict"  # where training checkpoints keep their weights
-INDEX_SUFFIX = ".index.json"
-# the files that libraries put into the folder of a model, in the order in which transformers looks for them
-FOLDER_FILES = [
-    f"{name}{suffix}" for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
-]
 CHECKSUM_CHUNK = 2**18  # bytes: small enough to stay in the processor's cache
 
 
@@ -41,11 +37,19 @@ class Weights(Mapping[str, Tensor]):
 
     `shapes`: the shapes of all tensors, known without reading a value.
     `whole`: "", or why the whole file had to be read.
+    `settings`: what transformers' config.json beside the file says of its model; {} if there is none.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], whole: str = "") -> None:
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        whole: str = "",
+        settings: Mapping | None = None,
+    ) -> None:
         self.shapes = shapes
         self.whole = whole
+        self.settings = settings or {}
         self._read = read
 
     @classmethod
@@ -56,7 +60,7 @@ class Weights(Mapping[str, Tensor]):
     def renamed(self, names: Mapping[str, str]) -> "Weights":
         """Return the tensors that `names` maps new names to, under these."""
         shapes = {new: self.shapes[name] for new, name in names.items()}
-        return Weights(shapes, lambda new: self[names[new]], self.whole)
+        return Weights(shapes, lambda new: self[names[new]], self.whole, self.settings)
 
     def under(self, prefix: str) -> "Weights":
         """Return the tensors whose keys begin with `prefix`, without it."""
@@ -112,6 +116,7 @@ def open_file(path: str | Path) -> Weights:
     weights = _open_index(path) if path.name.endswith(INDEX_SUFFIX) else _open_single(path)
     if not weights:
         raise UserError(f"{path} holds no tensors under names")
+    weights.settings = settings_beside(path)
     return weights
 
 
@@ -131,30 +136,6 @@ def _open_single(path: Path) -> Weights:
 
 def _in_memory(path: Path, what: str) -> Weights:
     return Weights.in_memory(flatten(read_file(path)), f"{what} is read whole")
-
-
-def library_files(folder: Path) -> list[Path]:
-    """List the files of weights that libraries put into the folder of a model, the one to take first."""
-    return [folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)]
-
-
-def find_file(path: str | Path, option: str = "") -> Path:
-    """Return the file that a path names, which may be the folder of a model as libraries write it.
-
-    Raises UserError, beginning with `option`, if there is none.
-    """
-    path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        files = library_files(path)
-        if not files:
-            names = ", ".join(FOLDER_FILES)
-            raise UserError(f"{option}{path} is a folder without {names}: name the file of weights in it")
-        path = files[0]
-    try:
-        check_file(path)
-    except UserError as error:
-        raise UserError(f"{option}{error}") from error
-    return path
 
 
 def read_mapped(path: Path) -> Mapping | None:
@@ -214,6 +195,13 @@ def sha256_of(path: Path) -> str:
         with open(each, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def check_described(path: Path, config: Mapping) -> None:
+    """Raise UserError if export.py has written `config`, the config.json beside a file of weights, for other weights."""
+    mark = mark_of(config)
+    if mark and mark.get("sha256") != sha256_of(path):
+        raise UserError(f"{path} is not the file that its {CONFIG} describes (sha256 differs): export it again")
 
 
 # ---- safetensors ----

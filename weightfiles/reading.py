@@ -10,8 +10,9 @@ from typing import NamedTuple
 from torch import nn
 
 import models
+from options.parser import MODEL_KEY
 from utils import few
-from weightfiles.lazy import MODEL_KEY, Weights
+from weightfiles.lazy import Weights
 from weightfiles.read import shapes_of
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Reading:
     def misfit(self, wanted: Wanted) -> str:
         """Say how the tensors differ from the model's, apart from its head and what lies beside; "" if they fit."""
         if self.fault:
-            return f"cannot be read as the weights of {wanted.name}: {self.fault}"
+            return f"cannot be read as the weights of {wanted.name}: {self.fault}; see {wanted.kwargs}"
         shapes, difference = self.weights.shapes, ""
         for key, shape in wanted.needed.items():
             if shapes.get(key) != shape and not (key in wanted.of_any_size and key in shapes):

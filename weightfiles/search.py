@@ -133,7 +133,9 @@ def _converted(section: Weights, wanted: Wanted, converters: tuple[Converter, ..
     for key in section:
         names = key.split(".")[:DEEPEST]
         shared.update({".".join([*names[:count], ""]) for count in range(len(names))})
-    section = Weights(section.shapes, cache(section.__getitem__), section.whole)  # several converters may read a tensor
+    section = Weights(  # several converters may read a tensor
+        section.shapes, cache(section.__getitem__), section.whole, section.settings
+    )
     readings = []
     for prefix in [prefix for prefix, count in shared.items() if count > RESEMBLING * len(wanted.needed)]:
         converted = filter(None, (_by(convert, section, prefix, wanted) for convert in converters))

@@ -10,9 +10,10 @@ import models
 from models import ModelSpec
 from utils import UserError, first_line
 from weightfiles.conversions import check_kernels
+from weightfiles.folder import find_file
 from weightfiles.guard import check_arrays
 from weightfiles.hub import pretrained_file
-from weightfiles.lazy import Weights, find_file, open_file
+from weightfiles.lazy import Weights, open_file
 from weightfiles.read import FLOATING, check_dtype
 from weightfiles.reading import ANY_PART, Part, Reading, Wanted, log_reading
 from weightfiles.search import find

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import models
 from weightfiles.layouts import mmpretrain, torchvision, transformers
 from weightfiles.layouts.layout import Layout
+from weightfiles.layouts.settings import unlike_settings
 from weightfiles.lazy import Weights
 from weightfiles.read import shapes_of, widened
 
@@ -39,7 +40,8 @@ def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
 
     `model` is timm's: a tensor takes its shape if only axes of size 1 differ, and is resampled by timm if only the image,
     the patches or the windows have other sizes. None for an unknown layout, and for one of another family of models. Raises
-    ValueError for a key amid the others that the layout does not have, and for tensors that timm joins but do not match.
+    ValueError for a key amid the others that the layout does not have, for tensors that timm joins but do not match, and for
+    a setting beside the file by which its model computes something else.
     """
     layout = recognize(weights)
     if layout is None or layout.family != models.family_of(model):
@@ -64,9 +66,11 @@ def to_timm(weights: Weights, model: nn.Module) -> Converted | None:
         except (IndexError, RuntimeError, ValueError) as error:
             different = ", ".join(f"{key} {list(part)}" for key, part in zip(keys, parts, strict=True))
             raise ValueError(f"{different} do not fit together") from error
+    remarks = unlike_settings(weights.settings, model)
     named = Weights(shapes, lambda name: make(name, [weights[key] for key in sources[name]]), weights.whole)
-    resampled, remarks = _resampled(named, model, expected)
-    if note := layout.epsilon_note(model):
+    resampled, resized = _resampled(named, model, expected)
+    remarks += resized
+    if note := layout.epsilon_note(model, weights.settings):
         remarks.append(note)
     return Converted(resampled, layout.library, unused, remarks)
 

@@ -22,7 +22,8 @@ class Layout:
     `prefix`: a pattern of what may precede the library's names.
     `joins`: patterns of timm's full names -> functions of the tensors for that name, in their order, that replace the
         concatenation. They also run on tensors without values, for the shape.
-    `epsilons`: patterns of timm's names for layer norms -> the library's default epsilon, where timm's may differ.
+    `epsilons`: patterns of timm's names for layer norms -> the library's default epsilon, where timm's may differ. The
+        first pattern that matches counts; that of the first row may be another by transformers' config.json.
     """
 
     library: str
@@ -63,16 +64,21 @@ class Layout:
                 return function(*tensors)
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def epsilon_note(self, model: nn.Module) -> str:
-        """Say which norms of `model` have another epsilon than the library's by default; "" if none has."""
+    def epsilon_note(self, model: nn.Module, settings: Mapping) -> str:
+        """Say which norms of `model` have another epsilon than the library's, by `settings` or default; "" if none has."""
+        known = settings.get("layer_norm_eps")
+        known = known if isinstance(known, int | float) else None
         norms = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-        for pattern, epsilon in self.epsilons.items():
-            differing = {name: own for name, own in norms.items() if re.fullmatch(pattern, name) and own != epsilon}
+        for row, (pattern, epsilon) in enumerate(self.epsilons.items()):
+            matching = {name: norms.pop(name) for name in list(norms) if re.fullmatch(pattern, name)}
+            by_settings = known is not None and row == 0
+            wanted = known if by_settings else epsilon
+            differing = [name for name, own in matching.items() if own != wanted]
             if differing:
-                name, own = next(iter(differing.items()))
-                which = f"{name} and {len(differing) - 1} other norms" if len(differing) > 1 else name
+                which = f"{differing[0]} and {len(differing) - 1} other norms" if len(differing) > 1 else differing[0]
+                source = "by its config.json" if by_settings else "by default"
                 return (
-                    f"{self.library} computes {which} with epsilon {epsilon:g} by default, timm with {own:g}; no argument "
-                    "of timm's constructor sets it"
+                    f"{self.library} computes {which} with epsilon {wanted:g} {source}, timm with "
+                    f"{matching[differing[0]]:g}; no argument of timm's constructor sets it"
                 )
         return ""

@@ -153,6 +153,6 @@ LAYOUTS = (
     _layout("DINOv3 ViT with gated MLPs", "eva", GATED_DINOV3, epsilons={".*": 1e-5}),
     _layout("ConvNeXt", "convnext", CONVNEXT, "convnext|convnextv2", epsilons={r"head\.norm": 1e-12, ".*": 1e-6}),
     _layout("DINOv3 ConvNeXt", "convnext", DINOV3_CONVNEXT, epsilons={".*": 1e-6}),
-    _layout("Swin", "swin", SWIN, "swin", epsilons={".*": 1e-5}),
+    _layout("Swin", "swin", SWIN, "swin", epsilons={r"norm|.*\.blocks\..*": 1e-5, ".*": 1e-5}),
     _layout("ResNet", "resnet", RESNET, "resnet"),
 )
