@@ -1,19 +1,23 @@
 """Runs of two processes, started as users start them."""
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, assert_equal_weights, in_two_processes, read_log, start, write_images
+from conftest import TINY_MODEL, assert_equal_weights, error_of, in_two_processes, read_log, start, write_images
 
 import datasets
 import main as script
 from training import distributed
-from utils import UserError
+from utils import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +160,50 @@ def test_user_error_is_one_line_and_exit_code_1(tmp_path):
     )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "weight_selection.py: error: --pretrained_path none.pth does not exist\n"
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """Return a socket bound to where this process, the second of two, is to meet the first."""
+    with socket.socket() as meeting:
+        meeting.bind(("127.0.0.1", 0))
+        place = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting.getsockname()[1]}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        yield meeting
+
+
+@pytest.mark.parametrize("store", ["of the launcher", "of the first process"])
+def test_launcher_that_died_is_waited_for_no_longer_than_asked(store, second_of_two, tiny_run, monkeypatch):
+    if store == "of the launcher":
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    began = time.monotonic()
+    said = error_of(script, *tiny_run("--dist_timeout 1"))
+    assert re.match(r"nothing listens at 127\.0\.0\.1:\d+ for --dist_timeout 1 s: the launcher or the first", said)
+    assert time.monotonic() - began < 10  # it listens to nobody, so each try is refused at once
+
+
+@pytest.mark.parametrize("where", ["env://", "tcp://127.0.0.1:{}"])
+def test_service_that_never_answers_is_not_waited_for(where, second_of_two, tiny_run):
+    second_of_two.listen()
+    url = where.format(second_of_two.getsockname()[1])
+    said = error_of(script, *tiny_run("--dist_timeout 1 --dist_url", url))
+    assert said.startswith(
+        "the processes did not meet within twice --dist_timeout 1 s: one of them is missing, or what"
+    )
+
+
+def test_signals_are_handled_while_the_processes_meet():
+    def handle(number, _):
+        raise Stopped("now")
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with pytest.raises(Stopped):
+            distributed._in_time(lambda: os.kill(os.getpid(), signal.SIGUSR1) or threading.Event().wait(60), 60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_rank_0_goes_first_and_the_others_after_it(monkeypatch):

@@ -6,13 +6,18 @@ A single process needs no group; every function then behaves as in a world of on
 import contextlib
 import os
 import re
+import socket
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.place import check_address, read_place
+from training.place import Place, check_address, read_place
 from utils import UserError, first_line
 
 PATIENCE = timedelta(hours=6)  # while one process downloads or decodes a data set and the others wait
@@ -84,7 +89,8 @@ def set_determinism(wanted: bool) -> None:
 def process_group(device: torch.device, dist_url: str = "env://", timeout: float = 600):
     """Connect the processes that torchrun or torch.distributed.launch started; disconnect them afterwards.
 
-    A process that fails, or does not answer for `timeout` seconds, ends the others with UserError.
+    A process that fails, or does not answer for `timeout` seconds, ends the others with UserError. So does a launcher or
+    a process that is missing or silent when they are to meet, after twice as long.
     """
     global _patient_group
     place, by_environment = read_place(), dist_url == "env://"
@@ -94,17 +100,12 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
     if by_environment:
         check_address()
     try:
-        store = _store_of_this_attempt() if by_environment else None
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=None if store else dist_url,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(seconds=timeout),
-        )
-        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient_group = _in_time(lambda: _meet(place, device, dist_url, timeout), 2 * timeout)
+    except TimeoutError as error:
+        raise UserError(
+            f"the processes did not meet within twice --dist_timeout {timeout:g} s: one of them is missing, or what "
+            "listens where they meet does not answer (MASTER_ADDR, MASTER_PORT, or --dist_url)"
+        ) from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes could not connect to each other ({first_line(error)})") from error
     try:
@@ -121,14 +122,81 @@ def process_group(device: torch.device, dist_url: str = "env://", timeout: float
     _patient_group = None
 
 
-def _store_of_this_attempt() -> dist.Store | None:
-    """Return the launcher's own store under a prefix for this restart; None if the launcher has no store.
+def _in_time(work: Callable, seconds: float):
+    """Return what `work` returns, or raise its error; TimeoutError if it takes longer than `seconds`.
+
+    It is done in a thread. torch waits for the first answer of a store in C code, for ever and without running handlers
+    of signals.
+    """
+    ended, outcome = threading.Event(), []
+
+    def body() -> None:
+        try:
+            outcome.extend([work(), None])
+        except BaseException as error:
+            outcome.extend([None, error])
+        ended.set()
+
+    threading.Thread(target=body, daemon=True).start()  # daemon: the process must be able to end without it
+    if not ended.wait(seconds):
+        raise TimeoutError
+    value, error = outcome
+    if error:
+        raise error
+    return value
+
+
+def _meet(place: Place, device: torch.device, dist_url: str, timeout: float) -> dist.ProcessGroup:
+    """Make the process group; return another one, for those who wait for hours."""
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)  # each thread has its own current device
+    has_store = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if has_store or place.rank:  # without a launcher's store, the first process has it
+        _wait_for_store(dist_url, timeout)
+    store = _store_of_this_attempt(timeout) if has_store else None
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        init_method=None if store else dist_url,
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        device_id=gpu,
+        timeout=timedelta(seconds=timeout),
+    )
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _wait_for_store(dist_url: str, seconds: float) -> None:
+    """Wait until something listens where the processes meet; UserError if it does not within `seconds`.
+
+    torch would wait up to twice as long, and log the frames of its C++.
+    """
+    if dist_url == "env://":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    else:
+        host, port = urlsplit(dist_url).hostname, urlsplit(dist_url).port
+    end = time.monotonic() + seconds
+    while host and port:  # or else it is a file, or torch says what is wrong with the URL
+        try:
+            socket.create_connection((host, port), max(end - time.monotonic(), 0.1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = f"the launcher or the first process has ended, or is elsewhere ({first_line(error)})"
+                raise UserError(
+                    f"nothing listens at {host}:{port} for --dist_timeout {seconds:g} s: {reason}"
+                ) from error
+            time.sleep(0.1)
+
+
+def _store_of_this_attempt(timeout: float) -> dist.Store:
+    """Return the launcher's own store under a prefix for this restart.
 
     Without the prefix, restarted processes read the addresses of the old ones (pytorch issue 135712).
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
     return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
