@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,9 +21,21 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
     Raises OSError, or ValueError if it is not text or not a regular file: reading a pipe would never end.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path.name} is not a regular file")
-    return path.read_text(encoding="utf-8-sig", errors=errors)
+    with open(path, encoding="utf-8-sig", errors=errors, opener=regular) as file:
+        return file.read()
+
+
+def regular(path: str, flags: int) -> int:
+    """Open a regular file, as the opener of `open`; ValueError if it is another kind: a pipe or a device may never answer."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # opening a pipe would wait for its other end
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # of a socket, or a pipe to write to that nobody reads
+            raise
+    raise ValueError("it is not a regular file")
 
 
 def check_creatable(path: Path, problem: str) -> None:
@@ -111,7 +124,11 @@ class Lock:
         self._file.flush()
 
     def _open(self) -> None:
-        self._file = open(self.path, "a+", errors="replace")  # noqa: SIM115
+        not_own = UserError(f"{self.path} is not a lock file of this project: move it away, or name another folder")
+        try:
+            self._file = open(self.path, "a+", errors="replace", opener=regular)  # noqa: SIM115
+        except (IsADirectoryError, ValueError) as error:
+            raise not_own from error
         self._file.seek(0)
         holder = self._file.read(1000).strip()
         try:
@@ -125,7 +142,7 @@ class Lock:
             log.warning(text, self.path.parent, first_line(error))
         if holder and not re.fullmatch(r"process \d+ on .*", holder):
             self.close()
-            raise UserError(f"{self.path} is not a lock file of this project: move it away, or name another folder")
+            raise not_own
 
     def is_held(self) -> bool:
         """Return whether the file at `path` is still the one that was locked, not removed or replaced since."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from files import regular
 from images.opening import open_image, prepared
 from training.distributed import of_all_ranks
 from utils import UserError
@@ -115,7 +116,7 @@ class Images:
         if self._paths is None:
             return decode(prepared(self._source[position][0], upright=self._upright))
         path = os.fsdecode(self._paths[position])
-        with open(path, "rb", opener=_open_without_waiting) as file, open_image(file) as opened:
+        with open(path, "rb", opener=regular) as file, open_image(file) as opened:
             return decode(prepared(opened, upright=self._upright))
 
     def upright(self) -> "Images":
@@ -197,10 +198,6 @@ def _is_about_the_file(error: BaseException) -> bool:
         return False
     # decoders raise OSError too, but without a number
     return getattr(error, "errno", None) is None or error.errno in ABOUT_THE_FILE
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would wait for somebody to write to it
 
 
 def printable(path: str | bytes) -> str:

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -96,11 +97,37 @@ def test_file_that_no_run_wrote_is_named_and_stays(name, content, tiny_run, tmp_
     assert file.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["config.json", "log.txt", "requeue", "checkpoint-best.pth"])
-def test_pipe_in_the_folder_is_not_waited_for(name, tiny_run, tmp_path):
+NOT_REGULAR = {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}
+
+
+@pytest.mark.parametrize("kind", NOT_REGULAR)
+@pytest.mark.parametrize("name", [*FOREIGN, "checkpoint-3.pth"])
+def test_what_is_no_file_is_not_waited_for_in_the_folder(name, kind, tiny_run, tmp_path, caplog):
     (tmp_path / "run").mkdir()
-    os.mkfifo(tmp_path / "run" / name)
-    assert name in error_of(script, *tiny_run())
+    NOT_REGULAR[kind](tmp_path / "run" / name)
+    signal.alarm(60)  # kills the tests if this one waits for ever
+    assert name in error_of(script, *tiny_run()) + caplog.text  # damaged checkpoints are named in warnings
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--initialize"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for_in_an_option(option, kind, tiny_run, tmp_path):
+    NOT_REGULAR[kind](tmp_path / "file.pth")
+    signal.alarm(60)
+    assert error_of(script, *tiny_run(option, tmp_path / "file.pth")).endswith("file.pth is not a file")
+    signal.alarm(0)
+
+
+def test_log_that_becomes_a_pipe_ends_the_run(tiny_run, tmp_path, monkeypatch):
+    def action():
+        (tmp_path / "run" / "log.txt").unlink()
+        os.mkfifo(tmp_path / "run" / "log.txt")
+
+    during_evaluation(monkeypatch, action)
+    signal.alarm(60)
+    assert "log.txt could not be written: it is not a regular file" in error_of(script, *tiny_run())
+    signal.alarm(0)
 
 
 def test_checkpoint_of_another_project_is_not_removed(train, tiny_run, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from files import regular
 from options.training import training_defaults
 from training.folder import RunFolder
 from utils import Stopped, UserError, first_line
@@ -142,10 +143,10 @@ def to_bytes(state: dict) -> memoryview:
 def begins_as_checkpoint(path: Path) -> bool:
     """Return whether a file, be it whole or damaged, was written as a checkpoint, or is empty. UserError if not readable."""
     try:
-        if path.exists() and not path.is_file():
-            return False
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             start = file.read(1024)  # the pickle comes first in the archive, and "format" first in the pickle
+    except ValueError:
+        return False
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return not start or CHECKPOINT_FORMAT.encode() in start

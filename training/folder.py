@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from files import InUse, Lock, read_text, write_atomically
+from files import InUse, Lock, read_text, regular, write_atomically
 from utils import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,13 @@ class RunFolder:
         """Add text to the end of a file and wait until it is safe. UserError if that fails."""
         self.check_held()
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
+            with open(self.path / name, "a", encoding="utf-8", opener=regular) as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path / name} could not be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{self.path / name} could not be written: {reason}") from error
 
     def remove(self, name: str) -> None:
         """Remove a file; warn, once, if it cannot be removed."""
