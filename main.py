@@ -1,17 +1,22 @@
 """Train a small model, from selected weights or from random ones: one run, top to bottom."""
 
+import signal
 import sys
 
+if __name__ == "__main__":  # a signal waits until there is a handler
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 try:
     from options.training import remarks, training_options
 except ImportError as error:  # Python was told not to look beside this file
     sys.exit(f"main.py: error: {error}: unset PYTHONSAFEPATH, and start python without -P and -I")
 
 if __name__ == "__main__":
-    training_options()  # answer -h and usage errors before importing torch
+    options = training_options()  # answer -h and usage errors before importing torch
     from requirements import require_packages  # here, because -h need not wait for it
+    from training.signals import end_on_signals
 
     require_packages()
+    end_on_signals(options)
 
 import argparse
 import contextlib
@@ -51,9 +56,9 @@ from training.ownership import way_on
 from training.place import lone_task
 from training.precision import Precision
 from training.probe import make_probe
-from training.signals import StopSignals, report_stop
+from training.signals import StopSignals
 from training.start import Start, find_start
-from utils import Stopped, UserError, environment, revision, run_script, seed_all, start_logging
+from utils import UserError, environment, revision, run_script, seed_all, start_logging
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = training_options(argv)
     device = distributed.pick_device(options.device)
     distributed.set_determinism(options.deterministic)
-    # Install the handlers last: a process blocked in rendezvous cannot run them.
-    with distributed.process_group(device, options.dist_url, options.dist_timeout), StopSignals() as stop:
+    with distributed.process_group(device, options.dist_url, options.dist_timeout):
         if options.compile:
             check_compiler(device, options.compile_mode)
         start_logging(quiet=not distributed.is_main())
@@ -78,14 +82,13 @@ def main(argv: list[str] | None = None) -> dict:
                 with distributed.main_first():
                     if distributed.is_main():
                         folder = stack.enter_context(opened(output_dir))
+            # until here, a signal ends a process by the handlers that it was started with
+            stop = stack.enter_context(StopSignals(folder if options.save_ckpt else None))
             try:
                 start = find_start(options, output_dir)
                 if options.eval:
                     options = evaluation_options(argv, options, start)
                 return run(options, start, device, folder, stop)
-            except Stopped as stopped:
-                report_stop(stopped, stop.asked, folder if options.save_ckpt else None)
-                raise
             except NotFinite as error:
                 raise UserError(f"{error}; {way_on(output_dir)}") from error
 
@@ -109,7 +112,8 @@ def run(
     val_loader = make_val_loader(options, val_images, device) if val_images else None
 
     model = make_model(options, num_classes, precision)
-    ema = make_ema(model, options) if options.model_ema else None
+    ema_device = "cpu" if options.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, device=ema_device) if options.model_ema else None
     start.restore_weights(model, ema, options)
     if options.compile:
         model.compile(mode=options.compile_mode)  # in place, so that the weights keep their names
@@ -245,10 +249,6 @@ def make_model(options: argparse.Namespace, num_classes: int, precision: Precisi
     )
     initialize(model, options.init)
     return precision.place(model, torch.channels_last if options.channels_last else torch.preserve_format)
-
-
-def make_ema(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3:
-    return ModelEmaV3(model, decay=options.model_ema_decay, device="cpu" if options.model_ema_force_cpu else None)
 
 
 def make_trainer(

@@ -1,6 +1,7 @@
 """Whether the packages of requirements.txt are there, and new enough. Standard library only, to be asked before torch."""
 
 import re
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,9 +12,14 @@ REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 
 def require_packages() -> None:
-    """End the process, with one line, if a package of requirements.txt is missing or older than it asks for."""
+    """End the process, with one line, if a package of requirements.txt is missing or older than it asks for.
+
+    Until `run_script`, Ctrl-C then ends the process without a traceback: the imports of these packages take seconds.
+    """
     if run_script(check_packages):
         sys.exit(1)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_packages() -> None:

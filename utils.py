@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -165,6 +166,8 @@ def run_script(main: Callable[[], object]) -> int:
     # weight_selection.py's work for ViT-S -> ViT-T takes 0.15 s of CPU time, not 0.37 s. They also stay frozen at exit,
     # where one more pass and the destruction of what it finds would take 0.9 s.
     gc.freeze()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `require_packages`, for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it is None if it is closed, as by >&-)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

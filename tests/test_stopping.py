@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -75,13 +76,66 @@ def test_signal_before_training_ends_and_sigusr1_requeues(number, train, tmp_pat
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_other_rank_says_that_it_was_stopped_before_training(train, monkeypatch, caplog):
-    send_at(monkeypatch, script, "load_data", signal.SIGTERM)
-    monkeypatch.setattr(script.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(script.distributed, "rank", lambda: 3)
-    with pytest.raises(Stopped):
-        train()
+def test_other_rank_says_that_it_was_stopped_before_training(monkeypatch, caplog):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Stopped), stopping.StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
     assert "rank 3 was stopped by SIGTERM before the first update" in caplog.text
+
+
+def in_first_seconds(tmp_path, number, words, name="main.py", module="torch", then="sleep(60)", **environment):
+    """Send a script a signal when it imports a module, in whose place it finds another; return exit code and stderr."""
+    (tmp_path / "stand_ins").mkdir()
+    stand_in = f"import os; from time import sleep; os.kill(os.getpid(), {number:d}); {then}"
+    (tmp_path / "stand_ins" / f"{module}.py").write_text(stand_in)
+    command = [sys.executable, str(ROOT / name), *map(str, words)]
+    environment |= {"PYTHONPATH": str(tmp_path / "stand_ins")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_signal_during_the_imports_ends_and_sigusr1_requeues(number, tiny_run, tmp_path):
+    code, said = in_first_seconds(tmp_path, number, tiny_run())
+    marked = number == signal.SIGUSR1
+    reason = f"stopped by {signal.Signals(number).name} before the first update"
+    assert (code, said) == (STOPPED, reason + "; the same command continues from there" * marked + "\n")
+    assert (tmp_path / "run").exists() == marked
+    assert not marked or (tmp_path / "run" / run_folder.REQUEUE).read_text() == reason + "\n"
+
+
+def test_signal_before_the_options_are_read_is_kept(tiny_run, tmp_path):
+    then = f"exec(open({textwrap.__file__!r}).read())"
+    code, _ = in_first_seconds(tmp_path, signal.SIGUSR1, tiny_run(), module="textwrap", then=then)
+    assert code == STOPPED and (tmp_path / "run" / run_folder.REQUEUE).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "rank", "said"),
+    [
+        ("--save_ckpt false", 0, "stopped by SIGUSR1 before the first update\n"),
+        ("--eval true", 0, "stopped by SIGUSR1 before the first update\n"),
+        ("", 1, "rank 1 was stopped by SIGUSR1 before the first update\n"),
+    ],
+)
+def test_signal_during_the_imports_marks_only_what_goes_on(more, rank, said, tiny_run, tmp_path):
+    place = {"RANK": str(rank), "WORLD_SIZE": "2"}
+    assert in_first_seconds(tmp_path, signal.SIGUSR1, tiny_run(more), **place) == (STOPPED, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_another_run_is_not_marked_during_the_imports(tiny_run, tmp_path):
+    with run_folder.opened(tmp_path / "run"):
+        code, said = in_first_seconds(tmp_path, signal.SIGUSR1, tiny_run())
+    assert code == 1 and re.fullmatch(r"main\.py: error: --output_dir .* is in use by another run .*\n", said)
+    assert not (tmp_path / "run" / run_folder.REQUEUE).exists()
+
+
+def test_ctrl_c_during_the_imports_of_a_script_is_no_traceback(tmp_path):
+    words = ["--pretrained_path", "none.pth", "--output_dir", tmp_path]
+    code, said = in_first_seconds(tmp_path, signal.SIGINT, words, "weight_selection.py")
+    assert (code, said) == (-signal.SIGINT, "")
 
 
 def test_stop_of_a_run_that_saves_nothing_asks_for_no_more(train, tmp_path, monkeypatch):
