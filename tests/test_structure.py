@@ -56,6 +56,7 @@ def test_modules_import_only_from_levels_below_their_own(name):
         "options.selection",
         "utils",
         "requirements",
+        "training.signals",
         "compare",
         "sweep",
         "study.run",

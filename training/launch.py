@@ -90,7 +90,7 @@ class Commands:
         Raises Stopped if it was asked to stop, by this process or by another one.
         """
         self._starts = True
-        # A terminal sends Ctrl-C to the command as well, which would print a traceback while it imports torch
+        # A terminal sends Ctrl-C to the command as well, which would print a traceback while a launcher imports torch
         with subprocess.Popen(command, preexec_fn=_ignore_ctrl_c, **options) as self._command:
             self._starts = False
             if self._asked:
@@ -114,4 +114,4 @@ class Commands:
 
 
 def _ignore_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited; main.py replaces it once it can save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited; main.py replaces it
