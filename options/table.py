@@ -203,7 +203,7 @@ def training_parser() -> argparse.ArgumentParser:
     add("--project", default="convnext", help="its project")
     add("--wandb_ckpt", **BOOLEAN, default=False, help="store the best checkpoint there")
 
-    add("--dist_timeout", default=600.0, type=number(float, 1), metavar="SECONDS",
+    add("--dist_timeout", default=600.0, type=number(float, 1, 10**7), metavar="SECONDS",
         help="end the run if a process does not answer the others for this long")
     for name, kind, default in (
         ("world_size", {"type": int}, 1),

@@ -254,6 +254,7 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
         ("--use_amp maybe", "'maybe' is neither true nor false"),
         ("--epochs 0", "0 is not at least 1"),
         ("--smoothing 1.5", "1.5 is not from 0 to 1"),
+        ("--dist_timeout 1e10", "1e10 is not from 1 to 10000000"),  # more than a wait can be told
         ("--model_kwargs depth", "'depth' is not of the form name=value"),
         ("--initialize http://example.org/x.pth", "a URL must be https://…#sha256="),
         ("--batchsize 64", "unrecognized argument --batchsize"),
