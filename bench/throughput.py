@@ -29,7 +29,7 @@ import datasets
 from bench.selection import hardware
 from bench.throughput_loops import HOST_BATCH, ORIGINAL, WAYS, Bench
 from images.images import Images
-from options.parser import Parser
+from options.parser import Parser, number
 from training import distributed
 from training.precision import Precision
 from utils import UserError, first_line, revision
@@ -44,11 +44,11 @@ CIFAR_IMAGES, CIFAR_EPOCHS = 50_000, 300
 def make_images(folder: Path, count: int, size: int) -> None:
     """Write JPEG files of two classes: smooth noise, which compresses like a photograph."""
     generator = np.random.default_rng(0)
-    for number in range(count):
-        place = folder / f"class{number % 2}"
+    for index in range(count):
+        place = folder / f"class{index % 2}"
         place.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((size, size), Image.Resampling.BICUBIC).save(place / f"{number:05}.jpg", quality=90)
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(place / f"{index:05}.jpg", quality=90)
 
 
 def rate(steps: Callable[[int], None], batch_size: int, seconds: float) -> float:
@@ -127,8 +127,8 @@ def take_turns(bench: Bench, tasks: dict[str, tuple], rounds: int, seconds: floa
                 bench.load(bench.sources[source])(2 * bench.options.num_workers)  # use up what lay ready
             steps(3)  # until workers make as much as is used
     rates = {name: [] for name in tasks}
-    for number in range(rounds):
-        for name in list(tasks)[:: -1 if number % 2 else 1]:
+    for turn in range(rounds):
+        for name in list(tasks)[:: -1 if turn % 2 else 1]:
             steps, source = tasks[name]
             with bench.awake(source):
                 size = HOST_BATCH if name.startswith(HOST_PART) else bench.batch_size
@@ -200,7 +200,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache_size", type=int, help="side of the cached images, as in main.py, for images of several sizes")
     add("--rounds", type=int, help="(default: 4 on a GPU, 32 on a CPU)")
     add(
-        "--seconds", type=float, help="per loop and round, but at least one step (default: 2 on a GPU, a step on a CPU)"
+        "--seconds",
+        type=number(float, 0),
+        help="per loop and round, but at least one step (default: 2 on a GPU, a step on a CPU)",
     )
     add("--out", type=Path, help="write OUT.md and OUT.json")
     options = parser.parse_args(argv)

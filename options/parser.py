@@ -93,15 +93,26 @@ def text_values(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def number(kind: type, low: float, high: float = float("inf")):
-    """Return a parser for numbers of `kind` from `low` to `high`, both included."""
+LARGEST = {int: 10**9, float: 3.4e38}  # more than a size can be, and than float32 holds
+
+
+def number(kind: type, low: float | None = None, high: float | None = None, *, or_inf: bool = False):
+    """Return a parser for finite numbers of `kind` from `low` to `high`, both included, and for inf with `or_inf`."""
+    least, most = -LARGEST[kind] if low is None else low, LARGEST[kind] if high is None else high
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high:
-            wanted = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
+        if or_inf and value == float("inf"):
+            return value
+        if least <= value <= most:
+            return value
+        if value != value or value in (float("inf"), float("-inf")):
+            wanted = "a finite number"
+        elif high is None and value < least:
+            wanted = f"at least {least}"
+        else:
+            wanted = f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     parse.__name__ = kind.__name__
     return parse
@@ -111,6 +122,14 @@ def epochs(text: str) -> float:
     """Parse a number of epochs, at least 0; a whole one is an int."""
     value = number(float, 0)(text)
     return int(value) if value.is_integer() else value
+
+
+def below_one(text: str) -> float:
+    """Parse the weight that a moving average gives to what was before: from 0 to below 1."""
+    value = number(float, 0, 1)(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
 
 
 def expression(text: str) -> str:

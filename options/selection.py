@@ -156,7 +156,7 @@ def _add_refit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("refit, and rules by activation").add_argument
     add("--refit", **BOOLEAN, default=False,
         help="after the selection, fit each layer so that the student's activations are the teacher's; no labels needed")
-    add("--ridge", type=number(float, 0), default=0.01,
+    add("--ridge", type=number(float, 0, or_inf=True), default=0.01,
         help="how strongly the refit holds on to the selected weights, from 0 to inf")
     add("--refit_target", choices=REFIT_TARGETS, default="stream", help="what a layer that writes to the stream "
         "should give: what the student's stream lacks of the teacher's, or what the teacher's layer gives")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from options.parser import BOOLEAN, MODEL_KEY, Formatter, Parser, add_keywords, epochs, number
+from options.parser import BOOLEAN, MODEL_KEY, Formatter, Parser, add_keywords, below_one, epochs, number
 
 DATA_SETS = (
     "CIFAR10 CIFAR100 IMNET image_folder flowers pets stl10 food101 dtd svhn eurosat fashion_mnist digits".split()
@@ -69,8 +69,8 @@ def training_parser() -> argparse.ArgumentParser:
     add_keywords(group, "--model_kwargs", "arguments of the model's constructor")
     add("--input_size", default=224, type=positive, metavar="PIXELS", help="side of the images the model sees")
     add("--drop_path", default=0.0, type=share, help="stochastic depth rate of the last block")
-    add("--layer_scale_init_value", default=1e-6, type=float, help="ConvNeXt: initial value of its layer scales")
-    add("--head_init_scale", default=1.0, type=float, help="ConvNeXt: factor on the classifier's initial weights")
+    add("--layer_scale_init_value", default=1e-6, type=number(float), help="ConvNeXt: initial value of its layer scales")
+    add("--head_init_scale", default=1.0, type=number(float), help="ConvNeXt: factor on the classifier's initial weights")
 
     add = parser.add_argument_group("initialization").add_argument
     add("--initialize", default="", metavar="FILE", help="a file of weight_selection.py, the folder it wrote to, or "
@@ -109,7 +109,7 @@ def training_parser() -> argparse.ArgumentParser:
     add("--augment", default="timm", choices=("timm", "device"), help="image by image in workers, as the paper's code "
         "does, or in batches on the training device, with the same distribution")
     add("--hflip", type=share, default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
-    add("--color_jitter", type=float, default=0.4, help="strength, if --aa is off")
+    add("--color_jitter", type=number(float, 0), default=0.4, help="strength, if --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy, or none")
     add("--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"),
         help="for the random crop")
@@ -120,7 +120,7 @@ def training_parser() -> argparse.ArgumentParser:
     add("--crop_pct", type=number(float, 0.01, 1), help="evaluation: crop side / resized side (default: 224/256)")
     add("--mixup", type=number(float, 0), default=0.8, help="mixup alpha; 0: no mixup")
     add("--cutmix", type=number(float, 0), default=1.0, help="cutmix alpha; 0: no cutmix")
-    add("--cutmix_minmax", type=float, nargs="+", metavar="SHARE",
+    add("--cutmix_minmax", type=share, nargs="+", metavar="SHARE",
         help="least and greatest side of the cutmix box, instead of alpha")
     add("--mixup_prob", type=share, default=1.0, help="probability that a batch is mixed")
     add("--mixup_switch_prob", type=share, default=0.5, help="probability of cutmix if both are on")
@@ -138,9 +138,9 @@ def training_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=64, type=positive, help="images per process and backward pass")
     add("--update_freq", default=1, type=positive, help="backward passes per update: gradient accumulation")
     add("--opt", default="adamw", metavar="NAME", help="optimizer, by its name in timm")
-    add("--opt_eps", default=1e-8, type=float, help="optimizer epsilon")
-    add("--opt_betas", type=float, nargs="+", metavar="BETA", help="optimizer betas (default: the optimizer's)")
-    add("--momentum", type=float, default=0.9, help="for optimizers with momentum")
+    add("--opt_eps", default=1e-8, type=number(float, 0), help="optimizer epsilon")
+    add("--opt_betas", type=below_one, nargs="+", metavar="BETA", help="optimizer betas (default: the optimizer's)")
+    add("--momentum", type=below_one, default=0.9, help="for optimizers with momentum")
     add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate for the total batch; never rescaled")
     add("--min_lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine")
     add("--warmup_epochs", type=epochs, default=50, help="linear warm-up; may be a fraction")

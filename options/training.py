@@ -103,6 +103,7 @@ def _first_mistake(options: argparse.Namespace) -> str | None:
     o = options
     checks = [
         (not (o.eval and o.disable_eval), "--eval true and --disable_eval true leave nothing to do"),
+        (o.eval or o.smoothing < 1 or mixes(o), "--smoothing 1 leaves nothing of the labels: give less than 1"),
         *((not place.startswith("http") or re.fullmatch(r"https://[^#]+#sha256=[0-9a-fA-F]{64}", place),
            f"--{name} {place}: a URL must be https://…#sha256=<64 hex digits>")
           for name, place in (("resume", o.resume), ("initialize", o.initialize))),

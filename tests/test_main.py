@@ -255,6 +255,10 @@ def test_missing_optional_package_is_named(package, more, train, monkeypatch):
         ("--epochs 0", "0 is not at least 1"),
         ("--smoothing 1.5", "1.5 is not from 0 to 1"),
         ("--dist_timeout 1e10", "1e10 is not from 1 to 10000000"),  # more than a wait can be told
+        ("--smoothing 1 --mixup 0 --cutmix 0", "--smoothing 1 leaves nothing of the labels"),
+        ("--opt_betas 0.9 1", "argument --opt_betas: 1 is not below 1"),
+        ("--momentum 1", "argument --momentum: 1 is not below 1"),
+        ("--input_size 10000000000", "is not from 1 to 1000000000"),
         ("--model_kwargs depth", "'depth' is not of the form name=value"),
         ("--initialize http://example.org/x.pth", "a URL must be https://…#sha256="),
         ("--batchsize 64", "unrecognized argument --batchsize"),

@@ -1,5 +1,6 @@
 """What a script says to a mistyped command line, and to whom; and where its output goes nowhere."""
 
+import argparse
 import gc
 import io
 import os
@@ -12,7 +13,7 @@ from bench import pairs
 from options.parser import boolean, keyword
 from options.selection import _selection_parser, selection_options
 from options.table import training_parser
-from options.tools import _export_parser
+from options.tools import _export_parser, _predict_parser, _sweep_parser
 from options.training import remarks, training_options
 from study import run as study_run
 from utils import hint, run_script
@@ -83,6 +84,24 @@ def test_each_boolean_alone_means_true(parser):
         tried = ([name], [name, "false"], [name, "--model_key", "model"])
         values = [vars(parser.parse_args([*unnamed, *words]))[name[2:]] for words in tried]
         assert values == [True, False, True], name
+
+
+@pytest.mark.parametrize("parser", [training_parser, _selection_parser, _sweep_parser, _export_parser, _predict_parser])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+def test_no_number_is_infinite_or_nan(parser, value, capsys):
+    parser = parser()
+    kinds = ("int", "float", "epochs", "gain", "below_one")
+    numbers = [action for action in parser._actions if getattr(action.type, "__name__", "") in kinds]
+    assert bool(numbers) == (parser.prog != "export.py")
+    for action in numbers:
+        if action.dest == "ridge" and float(value) == float("inf"):
+            continue
+        with pytest.raises(argparse.ArgumentError):
+            parser._get_values(action, [value])
+
+
+def test_ridge_may_be_infinite():
+    assert selection_options(["--output_dir", "x", "--ridge", "inf"]).ridge == float("inf")
 
 
 def test_nearest_names_contain_the_word_or_look_alike():
