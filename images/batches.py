@@ -23,7 +23,7 @@ from utils import UserError
 def make_train_loader(options: argparse.Namespace, images: Images, device: torch.device, update_freq: int):
     """Make this rank's augmented batches, in an order derived from the seed."""
     world = distributed.world_size()
-    check_batches(len(images), options.batch_size, update_freq, world)
+    check_batches(len(images), options.batch_size, update_freq, world, options.epochs)
     order = TrainBatches(
         len(images),
         batch_size=options.batch_size,

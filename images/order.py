@@ -35,8 +35,11 @@ class TrainBatches:
             yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int) -> None:
-    """Raise UserError if one update takes more images than the training set has."""
+MOST_UPDATES = 10**8  # the schedules hold a value per update: 0.8 GB each
+
+
+def check_batches(num_images: int, batch_size: int, update_freq: int, world_size: int, epochs: int = 1) -> None:
+    """Raise UserError if one update takes more images than the training set has, or if the updates are too many."""
     total = batch_size * update_freq * world_size
     if total > num_images:
         if batch_size > num_images:
@@ -47,6 +50,12 @@ def check_batches(num_images: int, batch_size: int, update_freq: int, world_size
             mend = f"--update_freq can be {num_images // (batch_size * world_size)} at most"
         product = f"--batch_size {batch_size} x --update_freq {update_freq} x {world_size} processes"
         raise UserError(f"{product} = {total} images per update, but the training set has {num_images}: {mend}")
+    steps = num_images // total
+    if epochs * steps > MOST_UPDATES:
+        raise UserError(
+            f"--epochs {epochs} of {steps} updates are {epochs * steps}, more than {MOST_UPDATES} updates: "
+            f"give at most --epochs {MOST_UPDATES // steps}"
+        )
 
 
 def shard(num_images: int, rank: int, world_size: int) -> range:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from conftest import error_of
 from PIL import Image
 
 import datasets
+import main
 from images.images import Images
 from images.order import TrainBatches, check_batches, shard
 from utils import UserError
@@ -91,3 +93,14 @@ def test_update_larger_than_the_data_says_which_number_to_lower(numbers, mend):
     assert f"= {numbers[0] * numbers[1] * numbers[2]} images per update, but the training set has 60" in str(
         error.value
     )
+
+
+def test_updates_of_a_slip_are_refused_before_the_schedules():
+    check_batches(60, 4, 3, 1, epochs=20_000_000)  # 5 updates each: 1e8
+    with pytest.raises(UserError, match="of 5 updates are 100000005, more than .*: give at most --epochs 20000000"):
+        check_batches(60, 4, 3, 1, epochs=20_000_001)
+
+
+def test_run_of_too_many_updates_ends_before_the_model_is_built(tiny_run):
+    message = error_of(main, *tiny_run("--epochs 1000000000"))
+    assert message.startswith("--epochs 1000000000 of 5 updates are 5000000000, more than 100000000 updates")
