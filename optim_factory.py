@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from timm.optim import (
 from torch import nn
 
 from utils import UserError, first_line, hint
+
+log = logging.getLogger(__name__)
 
 
 def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict]:
@@ -44,11 +47,20 @@ def create_optimizer(groups: list[dict], options: argparse.Namespace) -> torch.o
         if "fused" in accepted:
             kwargs["fused"] = True
         kwargs |= {"lr": options.lr, "momentum": options.momentum}
+        _check_betas(name, betas, accepted.get("betas"))
         return create_optimizer_v2(groups, opt=name, weight_decay=0.0, **kwargs)
     except (ValueError, TypeError, AssertionError, IndexError, ImportError) as error:
         known = list_optimizers()
         similar = "" if inner in known else hint(name, known)
         raise UserError(f"--opt {name} cannot be built: {first_line(error)}{similar}") from error
+
+
+def _check_betas(name: str, betas: list[float] | None, parameter: inspect.Parameter | None) -> None:
+    """UserError unless an optimizer's parameter has as many betas by default; a warning if it has no such parameter."""
+    if betas and parameter is None:
+        log.warning("--opt_betas has no effect: --opt %s has no betas", name)
+    elif betas and parameter.default and len(parameter.default) != len(betas):  # Adafactor's default is None
+        raise UserError(f"--opt {name} takes {len(parameter.default)} betas, but --opt_betas gives {len(betas)}")
 
 
 def cosine_schedule(base: float, final: float, *, steps: int, warmup_steps: int = 0) -> np.ndarray:

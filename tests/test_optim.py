@@ -8,6 +8,7 @@ import models
 from models.build import constructor_arguments
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups, set_schedules
 from options.training import training_options
+from utils import UserError
 
 
 def groups_of(model, *words):
@@ -110,3 +111,15 @@ def test_optimizers_of_timm_step(name):
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     assert (weight < 1).all()
+
+
+@pytest.mark.parametrize(("name", "betas", "takes"), [("lion", "0 .9 .9", 2), ("muon", ".9", 2), ("adan", ".9 .9", 3)])
+def test_wrong_count_of_betas_is_named(name, betas, takes):
+    betas = betas.split()
+    with pytest.raises(UserError, match=f"--opt {name} takes {takes} betas, but --opt_betas gives {len(betas)}"):
+        optimizer_of(torch.nn.Parameter(torch.ones(2, 2)), "--opt", name, "--opt_betas", *betas)
+
+
+def test_betas_that_no_one_takes_are_said(caplog):
+    optimizer_of(torch.nn.Parameter(torch.ones(2, 2)), "--opt", "sgd", "--opt_betas", "0.9")
+    assert "--opt_betas has no effect: --opt sgd has no betas" in caplog.text
