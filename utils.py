@@ -186,7 +186,7 @@ def run_script(main: Callable[[], object]) -> int:
         message = _explain(error)
         if message is None:
             raise
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not exhausted_limit(error):  # which would leave no descriptor for it
             _discard_stdout()
         rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
         rank = f" (rank {rank})" if rank and processes not in (None, "", "1") else ""
@@ -206,6 +206,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if ran_out_of_memory(error):
         return f"out of memory ({first_line(error)})"
+    if limit := exhausted_limit(error):
+        return f"{limit} ({first_line(error)})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"what is printed, or a temporary file, cannot be written: {error.strerror}"
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
@@ -217,15 +219,36 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
+def exhausted_limit(error: BaseException) -> str | None:
+    """Say which limit of the system on a process is exhausted, and what to do; None if the error is of another kind."""
+    code, text = getattr(error, "errno", None), str(error).lower()
+    # torch says the first two in words: of shared memory, whose descriptors travel through a socket
+    files = ("too many open files", "received 0 items of ancdata", "unable to open shared memory")
+    if code in (errno.EMFILE, errno.ENFILE) or any(words in text for words in files):
+        return "too many open files: raise the limit (ulimit -n), or give fewer --num_workers"
+    if isinstance(error, BlockingIOError) or "can't start new thread" in text or "resource temporarily" in text:
+        return "no further process or thread can be started: raise the limit (ulimit -u), or give fewer --num_workers"
+    return None
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Return whether the memory of a device or of the host was exhausted, as torch, its libraries and Python say it."""
     # torch's own error is known by its name because torch is not imported here; MPS, the host's allocator, cuBLAS and
     # cuDNN raise a bare RuntimeError
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+        words in text
+        for words in (
+            "out of memory",
+            "can't allocate memory",
+            "cannot allocate memory",
+            "alloc_failed",
+            "size calculation overflowed",
+        )
     )
 
 

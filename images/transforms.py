@@ -17,7 +17,7 @@ from torchvision import transforms
 from images.image_ops import gray
 from images.images import Images
 from images.settings import Augmentation, View
-from utils import Stream, UserError, derive_seed, seed_all
+from utils import Stream, UserError, derive_seed, first_line, seed_all
 
 CROP_PCT = 224 / 256  # by default, of sizes for which a crop is made
 
@@ -49,7 +49,18 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     if view.input_size <= 32:
         transform.transforms[:1] = [_resize(view.input_size), transforms.RandomCrop(view.input_size, padding=4)]
     _allow_zero_bits(transform)
+    _try(transform, aa)
     return transform
+
+
+def _try(transform: Callable, aa: str) -> None:
+    """UserError for a policy that timm builds and cannot apply, as with numbers out of range."""
+    try:
+        with _draws_from(0):
+            for _ in range(4):  # a policy draws which operations it applies
+                transform(Image.new("RGB", (64, 64)))
+    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"timm cannot apply --aa {aa!r} ({first_line(error)})") from error
 
 
 def eval_transform(view: View) -> transforms.Compose:

@@ -1,5 +1,6 @@
 """What a machine does not have: more cores for workers, more memory for a batch."""
 
+import errno
 import os
 
 import pytest
@@ -33,6 +34,8 @@ EXHAUSTED = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
     MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("Storage size calculation overflowed with sizes=[4000000000, 4000000000]"),
 ]
 
 
@@ -71,3 +74,51 @@ def test_scripts_without_batches_say_it_in_a_line(monkeypatch, capsys):
 
     assert run_script(fail) == 1
     assert capsys.readouterr().err.endswith("error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB)\n")
+
+
+LIMITS = {
+    OSError(errno.EMFILE, "Too many open files", "/data/a.jpg"): "too many open files: raise the limit (ulimit -n)",
+    RuntimeError("received 0 items of ancdata"): "too many open files: raise the limit (ulimit -n)",
+    BlockingIOError(
+        errno.EAGAIN, "Resource temporarily unavailable"
+    ): "no further process or thread can be started: raise",
+    RuntimeError("can't start new thread"): "no further process or thread can be started: raise the limit (ulimit -u)",
+}
+
+
+@pytest.mark.parametrize(("error", "said"), LIMITS.items(), ids=lambda value: str(value)[:20])
+def test_exhausted_limit_of_the_system_is_one_line(error, said, tiny_run, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert run_script(lambda: script.main(tiny_run())) == 1
+    assert f"error: {said}" in capsys.readouterr().err.splitlines()[-1]
+
+
+RESNET = "--model resnet18 --batch_size 1 --mixup 0 --cutmix 0 --epochs 1 --warmup_epochs 0"
+
+
+def resnet(tiny_run, *more):
+    argv = tiny_run(RESNET, *more)
+    start = argv.index("--model_kwargs")
+    del argv[start : argv.index("--data_set")]  # the tiny ViT's
+    return [*argv, "--model_kwargs", "layers=[1,1,1,1]", "--data_fraction", "0.2"]
+
+
+@pytest.mark.parametrize("more", ["", "--update_freq 2", "--compile"])
+def test_batch_of_one_that_batch_norm_refuses_is_named(more, tiny_run):
+    wanted = (
+        "--batch_size 1: batch norm in resnet18 has a single value per channel at --input_size 32; give --batch_size 2"
+    )
+    assert wanted in error_of(script, *resnet(tiny_run, more))
+
+
+def test_linear_probe_takes_batches_of_one(tiny_run):
+    assert script.main(resnet(tiny_run, "--linear_probe"))["epoch"] == 0
+
+
+def test_rate_beyond_float32_is_named(tiny_run):
+    message = error_of(script, *tiny_run("--opt adamwlegacy --lr 3e38 --warmup_epochs 0"))
+    assert message.startswith("--lr 3e+38, --weight_decay 0.05: the update is beyond float32")
+
+
+def test_policy_that_timm_cannot_apply_is_named(tiny_run):
+    assert "timm cannot apply --aa 'augmix-b1-a0' (alpha <= 0)" in error_of(script, *tiny_run("--aa augmix-b1-a0"))
