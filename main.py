@@ -50,13 +50,13 @@ from training.distill import Distillation, make_criterion
 from training.evaluation import evaluation_options, reported
 from training.folder import RunFolder, opened, write_config
 from training.log import EpochLog, make_reporter, report_best
-from training.memory import memory_errors_explained
 from training.meters import NotFinite
 from training.ownership import way_on
 from training.place import lone_task
 from training.precision import Precision
 from training.probe import make_probe
 from training.signals import StopSignals
+from training.sizes import errors_of_sizes_explained
 from training.start import Start, find_start
 from utils import UserError, environment, revision, run_script, seed_all, start_logging
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
         for remark in (*lone_task(), *remarks(options)):
             log.warning(remark)
         warn_of_cap(options.num_workers)
-        with contextlib.ExitStack() as stack, memory_errors_explained(options, device):
+        with contextlib.ExitStack() as stack, errors_of_sizes_explained(options, device):
             output_dir, folder = Path(options.output_dir) if options.output_dir else None, None
             if output_dir and not options.eval:  # an evaluation writes nothing
                 with distributed.main_first():

@@ -231,6 +231,13 @@ def exhausted_limit(error: BaseException) -> str | None:
     return None
 
 
+def lacked_resources(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it came from, says that memory or a limit was exhausted."""
+    while error and not (ran_out_of_memory(error) or exhausted_limit(error)):
+        error = error.__cause__
+    return error is not None
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Return whether the memory of a device or of the host was exhausted, as torch, its libraries and Python say it."""
     # torch's own error is known by its name because torch is not imported here; MPS, the host's allocator, cuBLAS and

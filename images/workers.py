@@ -1,10 +1,12 @@
 """Batches from worker processes, and their copies to the training device ahead of use."""
 
 import collections
+import contextlib
 import functools
 import logging
 import multiprocessing
 import os
+import resource
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -32,6 +34,8 @@ class WorkerBatches:
     def __init__(
         self, items: Dataset, batch_sampler, *, num_workers: int, pin_memory: bool, yielding=False, persistent=False
     ):
+        if num_workers:
+            raise_file_limit()
         self.batch_sampler = batch_sampler
         self.gate = Gate(holds=yielding and num_workers > 0 and training_fills_cores())
         self.loader = DataLoader(
@@ -143,6 +147,13 @@ def training_fills_cores() -> bool:
 def most_workers() -> int:
     """Return how many workers each training process can have so that this node has no more of them than cores."""
     return max(1, _cores() // read_place().local_world_size)
+
+
+def raise_file_limit() -> None:
+    """Raise this process's limit on open files as far as it may: each tensor of a worker arrives as an open file."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # a system may allow less than it says; the limit then stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def warn_of_cap(num_workers: int) -> None:

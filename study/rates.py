@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
+from files import read_text
 from options.parser import Parser
 from study.arms import ARMS
 from study.report import METRIC, differences
@@ -60,7 +61,7 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
 
 def work(run: FinishedRun) -> tuple[float, float]:
     """Return the images that a run trained on, each as often as it was seen, and its model's parameters."""
-    *_, last = (run.folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    *_, last = read_text(run.folder / "log.txt").splitlines()
     record = json.loads(last)
     return record["step"] * int(run.settings["images_per_update"]), record["n_parameters"]
 
@@ -93,7 +94,7 @@ def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedR
 def untrained(run: FinishedRun) -> float | None:
     """Return the accuracy before any training; None if it was not measured."""
     file = run.folder / "untrained.json"
-    return json.loads(file.read_text(encoding="utf-8"))[METRIC] if file.is_file() else None
+    return json.loads(read_text(file))[METRIC] if file.is_file() else None
 
 
 def table_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, FinishedRun]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compare
+from files import read_text
 from options.parser import Parser
 from study.arms import ARMS
 from training.finished import FinishedRun, find_runs, read_runs
@@ -176,7 +177,7 @@ def notes(sections: dict[str, Section], teachers: list[FinishedRun], out: Path) 
     machines, revisions = defaultdict(set), set()
     for name, runs in by_name.items():
         for run in runs:
-            config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(read_text(run.folder / "config.json"))
             machines[MACHINE.format(**config["environment"])].add(name)
             commit, *dirty = (config["revision"] or "unknown").split("-")
             revisions.add("`" + "-".join([commit[:12], *dirty]) + "`")

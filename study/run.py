@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import write_atomically
+from files import read_text, write_atomically
 from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
@@ -46,7 +46,7 @@ class Place:
     def epochs_done(self, run: Run) -> int:
         """Count the epochs in the run's log in `work`."""
         log = self.work / run.name / "log.txt"
-        return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+        return len(read_text(log).splitlines()) if log.exists() else 0
 
     def finished(self, run: Run) -> bool:
         """Return whether the run's whole log is in `results`."""
@@ -62,7 +62,7 @@ class Place:
             log = self.results / f"{section}/{arm}@{rate}-{RATE_SEED}/log.txt"
             if not log.exists():
                 return None
-            ends[rate] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["test_acc1"]
+            ends[rate] = json.loads(read_text(log).splitlines()[-1])["test_acc1"]
         return max(ends, key=ends.get)
 
     def can_teach(self, run: Run) -> bool:

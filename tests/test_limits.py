@@ -2,13 +2,16 @@
 
 import errno
 import os
+import resource
 
 import pytest
 import torch
 from conftest import error_of, settings
 
 import main as script
-from utils import run_script
+from images.workers import WorkerBatches
+from training import checkpoint
+from utils import UserError, run_script
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,29 @@ def test_workers_are_no_more_than_the_cores(given, cores, processes, started, mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert settings("--num_workers", str(given))[2].workers == started
+
+
+def test_workers_may_open_as_many_files_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        WorkerBatches([], [], num_workers=1, pin_memory=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_checkpoint_is_not_passed_over_for_lack_of_resources(cause, tmp_path, monkeypatch):
+    def read(path):
+        try:
+            raise cause
+        except (OSError, MemoryError) as error:
+            raise UserError(f"{path} cannot be read") from error
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
+    with pytest.raises(UserError, match="checkpoint-1.pth cannot be read"):
+        checkpoint.newest_checkpoint([tmp_path / "checkpoint-1.pth", tmp_path / "checkpoint-0.pth"])
 
 
 def test_run_says_that_it_caps_the_workers(tiny_run, caplog, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from files import regular
 from options.training import training_defaults
 from training.folder import RunFolder
-from utils import Stopped, UserError, first_line
+from utils import Stopped, UserError, first_line, lacked_resources
 from weightfiles.read import read_file
 
 log = logging.getLogger(__name__)
@@ -217,13 +217,15 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(paths: list[Path]) -> tuple[Path, dict] | None:
     """Return the first of these files that can be read, and its state; warn of each damaged one before it.
 
-    None if there is no file. UserError if there are files and none can be read, or the first one is not of the epoch in
-    its name: a copy under a higher number would win over all that is saved later.
+    None if there is no file. UserError if there are files and none can be read, if memory or a limit is exhausted, or if the
+    first one is not of the epoch in its name: a copy under a higher number would win over all that is saved later.
     """
     for path in paths:
         try:
             state = read_checkpoint(path)
         except UserError as error:
+            if lacked_resources(error):  # the file may be whole
+                raise
             log.warning("%s%s", error, "; trying the one before it" * (path != paths[-1]))
             continue
         if position_of(state) != position_in_name(path):

@@ -1,4 +1,4 @@
-"""What to do about a model, a batch or a rate that the memory, batch norm or float32 does not take."""
+"""Errors that follow from the sizes of a run: what memory, batch norm or float32 does not take."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from utils import UserError, first_line, ran_out_of_memory
 
 
 @contextlib.contextmanager
-def memory_errors_explained(options: argparse.Namespace, device: torch.device):
+def errors_of_sizes_explained(options: argparse.Namespace, device: torch.device):
     """Turn errors that follow from the options' sizes into a UserError that names them.
 
     Exhausted memory of the device or of the host; batch norm with a single value per channel, as of one image that is
