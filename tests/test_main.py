@@ -209,7 +209,7 @@ FOR_CONVNEXT = "--head_init_scale and --layer_scale_init_value are for convnext"
         ("--model_kwargs num_heads=5", "vit_tiny cannot be built"),
         ("--opt adamx", "--opt adamx cannot be built: .*; nearest: adam"),
         ("--opt adahessian", "--opt adahessian needs second derivatives"),
-        ("--opt_betas 0.9", "--opt adamw cannot be built"),
+        ("--opt_betas 0.9", "--opt adamw takes 2 betas, but --opt_betas gives 1"),
         ("--model_kwargs img_size=16", r"--model vit_tiny does not take images of 32 x 32: .*\(16\)"),
         ("--model_kwargs in_chans=4", "--model_kwargs in_chans=4: images have 3 channels or, in grey, 1$"),
         ("--model_kwargs global_pool=''", r"--model vit_tiny gives \[2, 17, 3\] for 2 images, not \[2, 3\]"),
