@@ -331,6 +331,7 @@ def test_compiled_model_keeps_the_names_of_its_weights(train, tmp_path, monkeypa
 
 
 def test_missing_compiler_is_said_before_anything_is_written(train, tmp_path, monkeypatch):
+    torch._dynamo.reset()  # forget what other tests compiled
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"--compile: torch cannot compile here \(.*/nowhere/g\+\+.*; leave it out, or"):
