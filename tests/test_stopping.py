@@ -1,6 +1,7 @@
 """Signals, the folder's lock, the marker of a requested stop: in this process and in others."""
 
 import fcntl
+import functools
 import multiprocessing
 import os
 import re
@@ -91,7 +92,9 @@ def in_first_seconds(tmp_path, number, words, name="main.py", module="torch", th
     (tmp_path / "stand_ins" / f"{module}.py").write_text(stand_in)
     command = [sys.executable, str(ROOT / name), *map(str, words)]
     environment |= {"PYTHONPATH": str(tmp_path / "stand_ins")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background may ignore it
+    environment = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, preexec_fn=heed)
     return done.returncode, done.stderr
 
 
