@@ -22,6 +22,7 @@ from PIL import Image
 import compare
 import main
 import models
+import weight_selection
 from bench import survive
 from images.images import Images
 from images.settings import Augmentation, Loading, View
@@ -31,6 +32,31 @@ from utils import UserError
 torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gains
 
 TINY_MODEL = ["--model", "vit_tiny", "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
+# a teacher of the tests, and the options of its student
+SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
+STUDENT = "--student_model vit_tiny --student_kwargs embed_dim=16 depth=2 num_heads=2 patch_size=8 img_size=32"
+
+
+def train_teacher(folder, image_folder, epochs, more=""):
+    """Train a run of SHAPE in `folder`, with other means and EXIF than the defaults."""
+    words = (
+        f"--data_set image_folder --input_size 32 --epochs {epochs} --warmup_epochs 0 --batch_size 8 --num_workers 0"
+    )
+    words += f" --device cpu --imagenet_default_mean_and_std false --exif true {more} --model vit_tiny --model_kwargs"
+    shape = [f"{key}={value}" for key, value in SHAPE.items()]
+    main.main([*words.split(), *shape, "--data_path", str(image_folder), "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def select(tmp_path):
+    """Return a function: select the small student, with these options for the teacher; the tensors and the `.json`."""
+
+    def selected(words):
+        path = weight_selection.main(["--output_dir", str(tmp_path / "out.pth"), *f"{STUDENT} {words}".split()])
+        return torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text())
+
+    return selected
 
 
 @pytest.fixture(scope="session")

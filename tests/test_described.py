@@ -5,46 +5,26 @@ import shutil
 
 import pytest
 import safetensors.torch
-import torch
-from conftest import error_of
+from conftest import SHAPE, STUDENT, error_of, train_teacher
 from small_models import assert_same
 
 import export
-import main as script
 import models
 import weight_selection
 from training.trained import find_trained
 from utils import UserError
 
-SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
-STUDENT = "--student_model vit_tiny --student_kwargs embed_dim=16 depth=2 num_heads=2 patch_size=8 img_size=32"
-
 
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
     """The folder of a run of one epoch, with other means and EXIF than the defaults."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    words = "--data_set image_folder --input_size 32 --epochs 1 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu"
-    words += f" --imagenet_default_mean_and_std false --exif true --model vit_tiny --output_dir {folder} --model_kwargs"
-    script.main([*words.split(), *(f"{key}={value}" for key, value in SHAPE.items()), "--data_path", str(image_folder)])
-    return folder
+    return train_teacher(tmp_path_factory.mktemp("teacher") / "run", image_folder, 1)
 
 
 @pytest.fixture(scope="module")
 def exported(run):
     """The same run, written by export.py."""
     return export.main([str(run), str(run.parent / "exported"), "--check_accuracy", "false"])
-
-
-@pytest.fixture
-def select(tmp_path):
-    """Return a function: select the small student, with these options for the teacher; the tensors and the `.json`."""
-
-    def selected(words):
-        path = weight_selection.main(["--output_dir", str(tmp_path / "out.pth"), *f"{STUDENT} {words}".split()])
-        return torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text())
-
-    return selected
 
 
 def hub_folder(folder, config, tensors):

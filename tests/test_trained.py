@@ -7,7 +7,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import error_of, weights_of
+from conftest import SHAPE, STUDENT, error_of, train_teacher, weights_of
 from small_models import assert_same
 
 import main as script
@@ -16,35 +16,16 @@ import weight_selection
 from options.parser import keyword, keyword_text
 from utils import UserError
 
-SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
-STUDENT = "--student_model vit_tiny --student_kwargs embed_dim=16 depth=2 num_heads=2 patch_size=8 img_size=32"
 KNOWN = f"--pretrained_model vit_tiny --pretrained_kwargs img_size=32 {' '.join(f'{k}={v}' for k, v in SHAPE.items())}"
 
 
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
     """The folder of a run of two epochs with an average of its weights, whose best checkpoint is not its newest."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    words = "--data_set image_folder --input_size 32 --epochs 2 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu"
-    words += (
-        " --imagenet_default_mean_and_std false --exif true --model_ema true --model_ema_decay 0.5 --model vit_tiny"
-        " --model_kwargs"
-    )
-    script.main([*words.split(), *(f"{key}={value}" for key, value in SHAPE.items()), "--data_path", str(image_folder),
-                 "--output_dir", str(folder)])  # fmt: skip
+    average = "--model_ema true --model_ema_decay 0.5"
+    folder = train_teacher(tmp_path_factory.mktemp("teacher") / "run", image_folder, 2, average)
     shutil.copy(folder / "checkpoint-0.pth", folder / "checkpoint-best.pth")
     return folder
-
-
-@pytest.fixture
-def select(tmp_path):
-    """Return a function: select the small student, with these options for the teacher; the tensors and the `.json`."""
-
-    def selected(words):
-        path = weight_selection.main(["--output_dir", str(tmp_path / "out.pth"), *f"{STUDENT} {words}".split()])
-        return torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text())
-
-    return selected
 
 
 def state_of(run, name="checkpoint-0.pth"):
