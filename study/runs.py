@@ -105,7 +105,7 @@ def _teacher(study: Study, family: str, setting: str, role: str) -> Run:
         return Run(name, tuple(options.split()), model.epochs, model.minutes, is_teacher=True)
     student, where, name = study.models[f"{family}/student"], SETTINGS[setting], f"{family}/{setting}/{role}"
     minutes = 4 * student.minutes * where.fraction
-    model = model._replace(training=study.tuning, epochs=where.epochs or student.epochs, minutes=minutes)
+    model = model._replace(training=study.tuning[family], epochs=where.epochs or student.epochs, minutes=minutes)
     options = f"{_training(study, model, where.data)} --data_fraction {where.fraction} --output_dir {name}"
     teacher = _teacher(study, family, setting, base)
     return Run(name, tuple(options.split()), model.epochs, model.minutes, is_teacher=True, teacher=teacher)

@@ -23,7 +23,8 @@ class Study(NamedTuple):
     rows: list[tuple[str, str, str, range]]  # family, setting, arms and seeds, in the order in which they run
     # by family, the learning rates that each arm tries on RATE_SEED; the best is that of its other seeds
     rates: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - never changed
-    tuning: str = ""  # options by which a teacher is trained on the student's images
+    # by family, options by which a teacher is trained on the student's images
+    tuning: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 RATE_SEED = 3
@@ -82,9 +83,13 @@ STUDIES = {
             "vit/deep_teacher": Model(
                 "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 27
             ),
-            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "", 10, 16),
+            "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--channels_last", 10, 16),
             "convnext/teacher": Model(
-                "convnext_tiny", "dims=48,96,192,384 depths=3,3,9,3", "--lr 2e-3 --data_fraction 0.3", 12, 36
+                "convnext_tiny",
+                "dims=48,96,192,384 depths=3,3,9,3",
+                "--channels_last --lr 2e-3 --data_fraction 0.3",
+                12,
+                36,
             ),
         },
         [
@@ -103,7 +108,7 @@ STUDIES = {
             ("convnext", "full", "random selected refit_energy", range(3)),
         ],
         rates={"vit": ("5e-4", "1e-3", "2e-3"), "convnext": ("1e-3", "2e-3", "4e-3")},
-        tuning="--lr 1e-3",
+        tuning={"vit": "--lr 1e-3", "convnext": "--lr 1e-3 --channels_last"},
     ),
     # Which recipe suits a short run on few images, in the paper's ViT-T and from a real ViT-S? The teacher is DINOv2's
     # ViT-S/14 or a model of its shape, in a file. "paper" keeps the proportions of the paper's CIFAR-100 recipe.
