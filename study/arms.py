@@ -9,14 +9,16 @@ class Arm(NamedTuple):
     """One kind of start, and of training, of a student.
 
     It starts from a teacher, by options of weight_selection.py, or at random. A teacher whose name begins with "tuned" was
-    trained on the student's images after its own. `distilled`: the teacher whose logits the student also learns from.
+    trained on the student's images after its own. `control`: what study.controls leaves of the teacher first. `distilled`:
+    the teacher whose logits the student also learns from. `training`: options of main.py.
     """
 
     title: str
     selection: str | None = ""  # "{seed}" stands for the run's seed, "{data}" for its images; None: no teacher
     teacher: str = "teacher"
-    shuffled: bool = False  # shuffle each tensor of the teacher first
+    control: str = ""
     distilled: str = ""
+    training: str = ""
     rate_of: str = ""  # the arm whose learning rate it takes, where each has its own; "": it looks for its own
 
 
@@ -32,12 +34,32 @@ def _ablation(title: str, options: str) -> Arm:
 ARMS = {
     "random": Arm("random init", None),
     "selected": Arm("weight selection"),  # the paper's rules: first layers, evenly spaced channels, blended heads
-    "shuffled": Arm("shuffled teacher", shuffled=True),
+    "shuffled": Arm("shuffled teacher", control="shuffled"),
+    # What is left of a teacher without the places of its values, and other statistics than timm's.
+    "rows": Arm("teacher shuffled within rows", control="rows"),
+    "columns": Arm("teacher shuffled within columns", control="columns"),
+    "moments": Arm("normal values of the teacher's means and deviations", control="moments"),
+    "vectors": Arm("norms and biases alone", control="vectors"),
+    "norms": Arm("norms alone", "--take norm"),
+    "xavier": Arm("Xavier init", None, training="--init xavier"),
+    "kaiming": Arm("Kaiming init", None, training="--init kaiming"),
+    "mimetic": Arm("mimetic init", None, training="--init mimetic"),
+    # Parts that are left out, and matrices that are scaled.
+    "no_patch_embed": Arm("without patch embedding", "--take tokens pos_embed attention mlp norm"),
+    "no_pos_embed": Arm("without position embedding", "--take patch_embed tokens attention mlp norm"),
+    "no_attention": Arm("without attention", "--take patch_embed tokens pos_embed mlp norm"),
+    "no_mlp": Arm("without MLPs", "--take patch_embed tokens pos_embed attention norm"),
+    "no_norm": Arm("without norms", "--take patch_embed tokens pos_embed attention mlp"),
+    "gain_width": Arm("matrices times 1.41", "--gain width"),
+    "gain_1": Arm("matrices times 2", "--gain 1"),
+    # Rules for the indices.
     "keep": Arm("whole heads", "--heads keep"),
     "consecutive": Arm("consecutive channels", "--element_selection consecutive"),
     "random_slots": Arm("random channels", "--element_selection random --seed {seed}"),
     "random_inconsistent": Arm("random, inconsistent", "--element_selection random_inconsistent --seed {seed}"),
     "magnitude": Arm("largest channels", "--element_selection magnitude"),
+    "magnitude_inconsistent": Arm("largest L2, inconsistent", "--element_selection magnitude_inconsistent"),
+    "l1_inconsistent": Arm("largest L1, inconsistent", "--element_selection l1_inconsistent"),
     "last_layers": Arm("last layers", "--layer_selection last"),
     "middle_layers": Arm("middle layers", "--layer_selection middle"),
     "uniform_layers": Arm("layers spread", "--layer_selection uniform"),
@@ -64,13 +86,16 @@ ARMS = {
     "distilled_refit": Arm("refit, distilled", _BY_ENERGY, distilled="tuned"),
     "chain": Arm("tuned teacher, refit, distilled", _BY_ENERGY, teacher="tuned", distilled="tuned"),
     "refit_distilled": Arm("refit, distilled from the teacher as it is", _BY_ENERGY, distilled="teacher"),
-    # Another teacher: as wide as the refit's, but twice as deep.
+    # Other teachers: as wide as the refit's, but deeper.
     "deep_selected": Arm("12 deep, weight selection", teacher="deep_teacher"),
     "deep_spread": Arm("12 deep, layers spread", "--layer_selection uniform", teacher="deep_teacher"),
     "deep_refit": Arm("12 deep, refit", _BY_ENERGY, teacher="deep_teacher"),
     "deep_spread_refit": Arm(
         "12 deep, layers spread, refit", f"--layer_selection uniform {_BY_ENERGY}", teacher="deep_teacher"
     ),
+    "deepest_selected": Arm("24 deep, weight selection", teacher="deepest_teacher"),
+    "deepest_spread": Arm("24 deep, layers spread", "--layer_selection uniform", teacher="deepest_teacher"),
+    "deepest_last": Arm("24 deep, last layers", "--layer_selection last", teacher="deepest_teacher"),
     "deep_chain": Arm(
         "12 deep, tuned, refit, distilled", _BY_ENERGY, teacher="tuned_deep_teacher", distilled="tuned_deep_teacher"
     ),
@@ -106,6 +131,10 @@ SETTINGS = {
     "full": Setting(),
     "tenth": Setting(0.1),
     "tenth_lr4e-3": Setting(0.1, "--lr 4e-3"),
+    "tenth_30": Setting(0.1, epochs=30),
+    "tenth_100": Setting(0.1, epochs=100),
+    **{f"epochs_{n}": Setting(training=f"--warmup_epochs {n / 10}", epochs=n) for n in (1, 3, 7)},
+    "probe": Setting(0.1, "--linear_probe true --hflip 0.5", epochs=20),  # augmented as the other runs are
     **{
         f"{recipe}_{epochs}": Setting(0.1, f"--recipe {recipe} {proportions.format(epochs / 6)}", epochs=epochs)
         for recipe, proportions in (("paper", "--lr 5e-4 --warmup_epochs {}"), ("short", ""))

@@ -53,7 +53,7 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
     sections: dict[str, Section] = defaultdict(dict)
     for (section, arm), tried in runs.items():
         ends = {rate: run.last for rate, run in tried if run.seed == RATE_SEED}
-        best = max(ends, key=ends.get) if ends else tried[0][0] if ARMS[arm].rate_of else ""
+        best = max(ends, key=ends.get) if ends else tried[0][0]  # or it was chosen elsewhere
         chosen = [run for rate, run in tried if rate == best and run.seed != RATE_SEED]
         sections[section][arm] = Tried(best, chosen, ends)
     return sections, teachers

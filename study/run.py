@@ -25,7 +25,7 @@ from files import read_text, write_atomically
 from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
-from study.studies import RATE_SEED, STUDIES
+from study.studies import RATE_SEED, STUDIES, Study
 from training.finished import is_finished
 from training.launch import say, work_off
 from utils import UserError, run_script
@@ -55,10 +55,10 @@ class Place:
     def lock_file(self, run: Run) -> Path:
         return self.work / f"{run.name}.lock"
 
-    def best_rate(self, rates: dict[str, tuple[str, ...]], section: str, arm: str) -> str | None:
+    def best_rate(self, study: Study, section: str, arm: str) -> str | None:
         """Return the learning rate with which an arm ended best on RATE_SEED; None until all were tried."""
         ends = {}
-        for rate in rates[section.partition("/")[0]]:
+        for rate in study.rates_of(section):
             log = self.results / f"{section}/{arm}@{rate}-{RATE_SEED}/log.txt"
             if not log.exists():
                 return None
@@ -89,17 +89,18 @@ class Place:
         source, file = run.weights or run.teacher.checkpoint, f"{run.name}.pth"
         if run.selection is None:
             return [[*train, "--initialize", source]]
-        shuffle = []
-        if run.shuffled:
-            source = f"{run.teacher.name}_shuffled.pth"
-            shuffle = [[sys.executable, "-m", "study.shuffle", run.teacher.checkpoint, source]]
+        change = []
+        if run.control:
+            teacher = run.teacher.name if run.teacher else f"{run.name.partition('/')[0]}/teacher"
+            whole, source = source, f"{teacher}_{run.control}.pth"
+            change = [[sys.executable, "-m", "study.controls", run.control, whole, source]]
         script = str(ROOT / "weight_selection.py")
         select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", file]
         measure = []
         if run.untrained:
             options = [*run.command[: run.command.index("--output_dir")], "--initialize", file]
             measure = [[sys.executable, "-m", "study.untrained", f"{run.name}.untrained.json", *options]]
-        return [*shuffle, select, *measure, [*train, "--initialize", file]]
+        return [*change, select, *measure, [*train, "--initialize", file]]
 
     def make(self, run: Run, call: Callable[..., int]) -> None:
         """Run the commands, with their messages in a file beside the run's folder, and publish the log."""
@@ -123,7 +124,7 @@ class Place:
 
 
 def python_path() -> str:
-    """Return the PYTHONPATH with which `-m study.shuffle` finds this code from any folder."""
+    """Return the PYTHONPATH with which `-m study.controls` finds this code from any folder."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
@@ -218,7 +219,7 @@ def carry_out(options: argparse.Namespace) -> None:
     study = STUDIES[options.study]
 
     def planned() -> list[Run]:
-        return chosen(runs_of(study, functools.partial(place.best_rate, study.rates)), options.only)
+        return chosen(runs_of(study, functools.partial(place.best_rate, study)), options.only)
 
     runs = planned()
     if options.list:

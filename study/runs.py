@@ -18,7 +18,7 @@ class Run:
     is_teacher: bool = False
     teacher: "Run | None" = None
     weights: str = ""  # the file of its teacher, if no run makes one
-    shuffled: bool = False
+    control: str = ""  # what study.controls leaves of the teacher first
     selection: tuple[str, ...] | None = None  # options of weight_selection.py except the file; None: all weights
     untrained: bool = False  # measure it before the training too
     distilled_from: "Run | None" = None
@@ -45,13 +45,13 @@ def runs_of(study: Study, best_rate: Callable[[str, str], str | None] = lambda s
 
 def _in_order(study: Study, best_rate: Callable[[str, str], str | None]) -> Iterator[Run]:
     for family, setting, arms, seeds in study.rows:
-        rates = study.rates.get(family, ())
+        section = study.chooses_rates(f"{family}/{setting}")
         for arm in arms.split():
-            for rate in () if ARMS[arm].rate_of else rates:
-                yield from _with_needs(_student(study, family, setting, arm, RATE_SEED, rate))
+            for rate in () if ARMS[arm].rate_of else study.rates_of(section):
+                yield from _with_needs(_student(study, family, section.partition("/")[2], arm, RATE_SEED, rate))
         for seed in seeds:
             for arm in arms.split():
-                rate = best_rate(f"{family}/{setting}", ARMS[arm].rate_of or arm) if rates else ""
+                rate = best_rate(section, ARMS[arm].rate_of or arm) if study.rates else ""
                 if rate is not None:
                     yield from _with_needs(_student(study, family, setting, arm, seed, rate))
 
@@ -66,6 +66,7 @@ def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate:
     model = model._replace(epochs=epochs, minutes=model.minutes * where.fraction * epochs / model.epochs)
     name = f"{family}/{setting}/{arm}{rate and f'@{rate}'}-{seed}"
     override = f"{where.training} --lr {rate}" if rate else where.training
+    override = f"{override} {choices.training}"
     options = f"{_training(study, model, where.data)} {override} --data_fraction {where.fraction} --seed {seed}"
     student = Run(name, (), model.epochs, model.minutes + 0.5)  # half a minute to start and select
     if choices.distilled:
@@ -85,7 +86,7 @@ def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate:
         student,
         teacher=None if teacher.weights else _teacher(study, family, setting, choices.teacher),
         weights=teacher.weights and f"data/{teacher.weights}",
-        shuffled=choices.shuffled,
+        control=choices.control,
         selection=tuple(selection.split()),
         untrained=where.untrained,
     )

@@ -21,10 +21,20 @@ class Study(NamedTuple):
     recipe: str  # options of main.py for every run
     models: dict[str, Model]  # by family and role, such as "vit/teacher"
     rows: list[tuple[str, str, str, range]]  # family, setting, arms and seeds, in the order in which they run
-    # by family, the learning rates that each arm tries on RATE_SEED; the best is that of its other seeds
-    rates: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - never changed
+    # The learning rates that each arm tries on RATE_SEED, by family or by section, such as "vit/tenth". The best is
+    # that of its other seeds. A section may name another one instead, whose best rates it takes.
+    rates: dict[str, tuple[str, ...] | str] = {}  # noqa: RUF012 - never changed
     # by family, options by which a teacher is trained on the student's images
     tuning: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+    def chooses_rates(self, section: str) -> str:
+        """Name the section whose arms try the rates that a section's arms take: mostly its own."""
+        rates = self.rates.get(section)
+        return rates if isinstance(rates, str) else section
+
+    def rates_of(self, section: str) -> tuple[str, ...]:
+        """Return the rates that each arm of a section tries, where the section chooses its own."""
+        return self.rates.get(section) or self.rates.get(section.partition("/")[0], ())
 
 
 RATE_SEED = 3
@@ -33,7 +43,9 @@ CALIBRATION_IMAGES = 1024  # the default of weight_selection.py
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
 _VIT = "img_size=32 patch_size=8 "
+_REAL = Model("vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors")
 _TRIED = ("paper", "short")  # recipes
+_STATISTICS = "rows columns moments vectors norms xavier kaiming"  # arms
 STUDIES = {
     "cpu": Study(
         _CPU_RECIPE,
@@ -117,9 +129,7 @@ STUDIES = {
         "--use_amp true --amp_dtype bfloat16",
         {
             "vit/student": Model("vit_tiny", "img_size=32 patch_size=8", "", 10, 35),
-            "vit/teacher": Model(
-                "vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors"
-            ),
+            "vit/teacher": _REAL,
         },
         [
             *(("vit", f"{recipe}_{epochs}", "random selected", range(3)) for epochs in (3, 10) for recipe in _TRIED),
@@ -128,6 +138,53 @@ STUDIES = {
             ("vit", "short_10", "random selected", range(3, 4)),
             *(("vit", f"{recipe}_30", "random selected", range(3)) for recipe in _TRIED),
         ],
+    ),
+    # What is the gain made of, when is it there, and which of the paper's other findings show again? One ViT pair.
+    "claims": Study(
+        _CPU_RECIPE,
+        {
+            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "", 10, 4),
+            "vit/teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 14
+            ),
+            "vit/twice_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 7
+            ),
+            "vit/deepest_teacher": Model(
+                "vit_tiny", _VIT + "embed_dim=128 depth=24 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 28
+            ),
+        },
+        [
+            ("vit", "epochs_1", f"random selected shuffled {_STATISTICS} refit_energy", range(3)),
+            ("vit", "full", f"random selected shuffled {_STATISTICS} refit_energy", range(3)),
+            ("vit", "epochs_3", "random selected refit_energy", range(3)),
+            ("vit", "epochs_7", "random selected refit_energy", range(3)),
+            ("vit", "tenth", "random selected shuffled refit_energy", range(3)),
+            ("vit", "tenth_100", "random selected", range(3)),
+            ("vit", "probe", "random selected shuffled refit_energy", range(3)),
+            ("vit", "tenth", "no_patch_embed no_pos_embed no_attention no_mlp no_norm", range(3)),
+            ("vit", "tenth", "gain_width gain_1 xavier kaiming mimetic", range(3)),
+            ("vit", "tenth", "magnitude magnitude_inconsistent l1_inconsistent", range(3)),
+            ("vit", "tenth", "uniform_layers twice_blend deepest_selected deepest_spread deepest_last", range(3)),
+        ],
+        rates={
+            "vit": ("5e-4", "1e-3", "2e-3"),
+            "vit/probe": ("3e-3", "1e-2", "3e-2"),
+            "vit/tenth_100": "vit/tenth",
+            **dict.fromkeys(("vit/epochs_3", "vit/epochs_7", "vit/full"), "vit/epochs_1"),
+        },
+    ),
+    # The paper's ViT-T in its full shape, from a real ViT-S.
+    "real": Study(
+        f"{_CPU_RECIPE} --use_amp true --amp_dtype bfloat16",
+        {"vit/student": Model("vit_tiny", "img_size=32 patch_size=8", "", 10, 20), "vit/teacher": _REAL},
+        [
+            ("vit", "tenth", "random selected shuffled xavier refit_energy", range(3)),
+            ("vit", "tenth_30", "random selected shuffled xavier refit_energy", range(3)),
+            ("vit", "full", "random selected refit_energy", range(3)),
+            ("vit", "tenth", "magnitude refit_magnitude_energy refit_coverage", range(3)),
+        ],
+        rates={"vit": ("1e-4", "3e-4", "1e-3"), "vit/tenth_30": "vit/tenth", "vit/full": "vit/tenth"},
     ),
     # The paper's models and recipe, but at 64 px for 90 epochs. Choose one row with --only, and give it its own --work
     # and --results: it includes its teacher, and `selected`, because students can be compared only with those of the

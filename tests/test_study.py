@@ -16,7 +16,7 @@ import main
 import weight_selection
 from options.selection import selection_options
 from options.training import training_defaults, training_options
-from study import arms, report, run, runs, shuffle, studies, untrained
+from study import arms, controls, report, run, runs, studies, untrained
 from training import launch
 from utils import STOPPED, UserError
 from weightfiles.lazy import open_weights
@@ -32,7 +32,8 @@ def test_both_scripts_understand_every_command(study, tmp_path, capsys):
         assert training_options(train[2:]).output_dir == each.name
         if each.selection is not None:
             planned.add(each.selection)
-    shapes_suffice = [words for words in planned if "magnitude" not in words and "--data_path" not in words]
+    needs_values = {"magnitude", "magnitude_inconsistent", "l1_inconsistent", "--data_path"}
+    shapes_suffice = [words for words in planned if needs_values.isdisjoint(words)]
     for selection in planned:
         selection_options([*selection, "--plan"])
     for selection in shapes_suffice:
@@ -89,7 +90,7 @@ def call(tmp_path, monkeypatch):
 SCRIPTS = {
     "main.py": main,
     "weight_selection.py": weight_selection,
-    "study.shuffle": shuffle,
+    "study.controls": controls,
     "study.untrained": untrained,
 }
 
@@ -114,7 +115,7 @@ def commands(monkeypatch):
 def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_path, capsys):
     results, names = tmp_path / "results", ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
     run.main(call)
-    assert commands == ["main.py", "main.py", "study.shuffle", "weight_selection.py", "main.py"]
+    assert commands == ["main.py", "main.py", "study.controls", "weight_selection.py", "main.py"]
     for name in names:
         assert [line["epoch"] for line in read_log(results / name)] == [0]
         config = (results / name / "config.json").read_text()
@@ -130,7 +131,7 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_pa
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
     run.main(call)
-    assert commands[5:] == ["study.shuffle", "weight_selection.py", "main.py"]
+    assert commands[5:] == ["study.controls", "weight_selection.py", "main.py"]
     assert [line["epoch"] for line in read_log(results / names[2])] == [0]
 
 
@@ -214,20 +215,38 @@ def test_failures_are_named(call, tmp_path, monkeypatch):
     assert "vit/full/random-0 failed with code 1: main.py: error: no such model" in error_of(run, *call)
 
 
-def test_shuffling_keeps_each_tensors_values(tmp_path):
+def test_controls_write_the_same_file_for_the_same_seed(tmp_path):
     generator = torch.Generator().manual_seed(1)
     tensors = {"a": torch.randn(6, 50, generator=generator), "b": torch.randn(300, generator=generator)}
     torch.save(tensors, tmp_path / "teacher.pth")
     for file, seed in (("x", "0"), ("z", "1")):
-        shuffle.main([str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", seed])
-    command = [sys.executable, "-m", "study.shuffle", "teacher.pth", "y"]  # as a study runs it, from its folder
+        controls.main(["shuffled", str(tmp_path / "teacher.pth"), str(tmp_path / file), "--seed", seed])
+    command = [sys.executable, "-m", "study.controls", "shuffled", "teacher.pth", "y"]  # as a study runs it
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": run.python_path()}, check=True)
     x, y, z = (open_weights(tmp_path / file) for file in "xyz")
     for key, tensor in tensors.items():
-        assert x[key].shape == tensor.shape
+        assert x[key].shape == tensor.shape and torch.equal(x[key], y[key])
         assert torch.equal(x[key].flatten().sort().values, tensor.flatten().sort().values)
-        assert torch.equal(x[key], y[key])
         assert not torch.equal(x[key], z[key]) and not torch.equal(x[key], tensor)
+
+
+def test_controls_keep_what_they_say():
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"matrix": (64, 96), "filter": (32, 3, 8, 8), "embedding": (1, 17, 64), "vector": (640,)}
+    tensors = {key: 2 + 3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    changed = {name: controls.controlled(tensors, name, 0) for name in controls.CONTROLS}
+    for key, shape in shapes.items():
+        rows = (17, 64) if key == "embedding" else (shape[0], -1)
+        for name, axis in (("rows", 1), ("columns", 0)):
+            before, after = tensors[key].view(rows), changed[name][key].view(rows)
+            assert torch.equal(before.sort(axis).values, after.sort(axis).values)
+            assert torch.equal(before, after) == (key == "vector" and name == "rows")
+        moments = changed["moments"][key]
+        assert moments.mean() == pytest.approx(2, abs=0.5) and moments.std() == pytest.approx(3, abs=0.3)
+    kept = changed["vectors"]
+    assert torch.equal(kept["vector"], tensors["vector"])
+    for key, deviation in {"matrix": 0.02, "embedding": 0.02, "filter": (3 * 3 * 8 * 8) ** -0.5}.items():
+        assert kept[key].std() == pytest.approx(deviation, rel=0.1) and abs(kept[key].mean()) < 0.1 * deviation
 
 
 @pytest.fixture

@@ -16,7 +16,12 @@ def write_arms(root, ends, section="vit/tenth"):
                 folder = write_run(root / section / f"{arm}@{rate}-{seed}", accuracies, seed=seed, lr=float(rate))
                 finish(folder, 390, 1000)
     for name, size in (("vit/teacher", 3000), (f"{section}/tuned", 3000)):
-        finish(write_run(root / name, [10.0, 12.5]), 390, size)
+        if not (root / name).exists():
+            finish(write_run(root / name, [10.0, 12.5]), 390, size)
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
 def finish(folder, step, parameters):
@@ -31,7 +36,7 @@ def test_rate_of_an_arm_is_the_best_of_its_own_seed(tmp_path):
     better = {"1e-3": {3: [20.0, 35.0]}, "2e-3": {3: [25.0, 36.0], 0: [30.0, 40.0], 1: [34.0, 44.0]}}
     write_arms(tmp_path, {"random": tried, "chain": better, "keep": {"1e-3": {3: [1.0, 2.0]}}})
     text = rates.report(tmp_path)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    cells = cells_of(text)
     cost = 1 + 3 + 3 / 3 + 1024 * (2 * 3000 + 5 * 1000) / 3 / (390 * 64 * 1000)
     assert ["random init", "1e-3", "2", "20.0 ± 1.4", "32.0 ± 1.4", "", "", "", "1.0"] in cells
     chain = arms.ARMS["chain"].title
@@ -48,11 +53,28 @@ def test_study_finds_the_rate_and_then_runs_the_other_seeds(tmp_path):
     place = run.Place(tmp_path, tmp_path)
 
     def planned():
-        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study.rates))]
+        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
 
     assert planned() == ["vit/tenth/random@1e-3-3", "vit/tenth/random@2e-3-3"]
     write_arms(tmp_path, {"random": {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0]}}})
     assert planned()[2:] == ["vit/tenth/random@2e-3-0", "vit/tenth/random@2e-3-1"]
+
+
+def test_longer_runs_take_the_rates_of_the_shortest(tmp_path):
+    study = studies.STUDIES["claims"]._replace(
+        rows=[("vit", "full", "random", range(1))], rates={"vit": ("1e-3", "2e-3"), "vit/full": "vit/epochs_1"}
+    )
+    place = run.Place(tmp_path, tmp_path)
+
+    def planned():
+        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
+
+    tried = ["vit/epochs_1/random@1e-3-3", "vit/epochs_1/random@2e-3-3"]
+    assert planned() == tried
+    write_arms(tmp_path, {"random": {"1e-3": {3: [20.0]}, "2e-3": {3: [21.0], 0: [22.0]}}}, "vit/epochs_1")
+    write_arms(tmp_path, {"random": {"2e-3": {0: [20.0, 31.0]}}}, "vit/full")
+    assert planned() == [*tried, "vit/full/random@2e-3-0"]
+    assert ["random init", "2e-3", "1", "20.0", "31.0"] in [row[:5] for row in cells_of(rates.report(tmp_path))]
 
 
 def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
@@ -61,7 +83,7 @@ def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
     place = run.Place(tmp_path, tmp_path)
     tried = {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0], 0: [20.0, 32.0]}}
     write_arms(tmp_path, {"random": tried, "refit_energy": tried, "ridge_1": {"2e-3": {0: [20.0, 35.0]}}})
-    names = [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study.rates))]
+    names = [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
     assert names[-2:] == ["vit/tenth/refit_energy@2e-3-0", "vit/tenth/ridge_1@2e-3-0"] and len(names) == 5
     text = rates.report(tmp_path)
     above, _, below = text.partition("### Changes of energy, refit")
@@ -74,7 +96,7 @@ def test_accuracy_before_training_is_a_column_if_it_was_measured(tmp_path):
     assert "untrained" not in rates.report(tmp_path)
     (tmp_path / "vit/near/selected@1e-3-0/untrained.json").write_text(json.dumps({"test_acc1": 7.25}))
     text = rates.report(tmp_path)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    cells = cells_of(text)
     assert cells[2][:4] == ["start", "rate", "n", "untrained"]
     assert ["weight selection", "1e-3", "1", "7.2"] in [row[:4] for row in cells]
 
