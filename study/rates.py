@@ -2,8 +2,9 @@
 
     python -m study.rates results/study-refit
 
-writes rates.md there and prints it. An arm's rate is the best of those that were tried with one seed, which is not
-reported otherwise. Arms without another seed yet are listed with their rates alone.
+writes rates.md there and prints it; it draws lengths.png if arms have runs of several lengths. An arm's rate is the best
+of those that were tried with one seed, which is not reported otherwise. Arms without another seed yet are listed with
+their rates alone.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import compare
 from files import read_text
 from options.parser import Parser
+from study import lengths
 from study.arms import ARMS
 from study.report import METRIC, differences
 from study.studies import CALIBRATION_IMAGES, RATE_SEED
@@ -150,7 +152,7 @@ def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
 
 
 def report(root: Path) -> str:
-    """Return the page: a table for each section, and what was tried. UserError without a baseline."""
+    """Return the page: a table for each section, what was tried, and lengths. UserError without a baseline."""
     sections, teachers = read_sections(root)
     lines = []
     for section, arms in sections.items():
@@ -177,7 +179,12 @@ def report(root: Path) -> str:
             for arm, tried in arms.items()
             if tried.ends
         ]
-        lines += [f"### Rates, seed {RATE_SEED}", "", *compare.markdown(table), ""]
+        lines += [f"### Rates, seed {RATE_SEED}", "", *compare.markdown(table), ""] if rates else []
+    by_length = lengths.tables_of(sections, BASELINE)
+    for title, ends in by_length.items():
+        lines += lengths.table_of(title, ends, BASELINE)
+    if by_length:
+        lengths.draw(by_length, root / "lengths.png")
     return "\n".join(lines)
 
 

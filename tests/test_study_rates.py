@@ -3,9 +3,10 @@
 import functools
 import json
 
+import pytest
 from conftest import read_log, write_run
 
-from study import arms, rates, run, runs, studies
+from study import arms, lengths, rates, run, runs, studies
 
 
 def write_arms(root, ends, section="vit/tenth"):
@@ -75,6 +76,23 @@ def test_longer_runs_take_the_rates_of_the_shortest(tmp_path):
     write_arms(tmp_path, {"random": {"2e-3": {0: [20.0, 31.0]}}}, "vit/full")
     assert planned() == [*tried, "vit/full/random@2e-3-0"]
     assert ["random init", "2e-3", "1", "20.0", "31.0"] in [row[:5] for row in cells_of(rates.report(tmp_path))]
+
+
+def test_lengths_are_compared_where_the_baseline_has_several(tmp_path):
+    pytest.importorskip("matplotlib")
+    for section, random, selected in (("epochs_1", 20.0, 32.0), ("epochs_3", 30.0, 38.0), ("full", 36.0, 44.0)):
+        ends = {
+            arm: {"1e-3": {0: [end - 1], 1: [end + 1]}} for arm, end in (("random", random), ("selected", selected))
+        }
+        write_arms(tmp_path, ends, f"vit/{section}")
+    write_arms(tmp_path, {"shuffled": {"1e-3": {0: [30.0]}}}, "vit/full")  # of one length only
+    rows = cells_of(rates.report(tmp_path).partition("## vit, all images: runs of several lengths")[2])
+    assert ["start", "1 epoch", "3 epochs", "10 epochs", "epochs to 36.0 %"] in rows
+    assert ["random init", "20.0 ± 1.4", "30.0 ± 1.4", "36.0 ± 1.4", "10.0"] in rows
+    assert ["weight selection", "32.0 ± 1.4", "38.0 ± 1.4", "44.0 ± 1.4", "2.3"] in rows  # 1 + 2 * 4 / 6
+    assert arms.ARMS["shuffled"].title not in {row[0] for row in rows}
+    assert (tmp_path / "lengths.png").exists()
+    assert lengths.epochs_to(30, {1: 32.0, 3: 38.0}) == "at most 1" and lengths.epochs_to(40, {1: 32.0, 3: 38.0}) == ""
 
 
 def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
