@@ -12,6 +12,7 @@ from torch import nn
 
 import models
 from selection.activations.alignment import Alignment
+from selection.activations.regression import Regression
 from selection.activations.scratch import Calibration
 from selection.activations.segments import IMAGES, Segments
 from selection.activations.targets import Targets
@@ -306,6 +307,36 @@ def test_channels_that_layer_scale_nearly_removes_stay(tmp_path):
     for key in ("blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"):
         moved = (student.state_dict()[key] - tensors[key]).abs().reshape(12, -1).amax(1)
         assert moved[3] == 0 and (moved > 0).sum() == 11
+
+
+@pytest.mark.parametrize(
+    "kind, weight, scale",
+    [
+        ("convnext", "stages.1.blocks.0.mlp.fc2.weight", "stages.1.blocks.0.gamma"),
+        ("dinov2", "blocks.0.attn.proj.weight", "blocks.0.ls1.gamma"),
+    ],
+)
+def test_fitted_rows_leave_their_growth_to_the_layer_scale(kind, weight, scale, tmp_path, monkeypatch):
+    def tensors_and_output(folder):
+        folder.mkdir()
+        made = pair(kind)
+        made[0].get_parameter(scale).data.mul_(0.05)
+        tensors, student, *_ = refit_pair(kind, folder, count=60, made=made)
+        whole = models.create(*PAIRS[kind][2:]).eval()
+        whole.load_state_dict(student.state_dict())
+        size = PAIRS[kind][3].get("img_size", 32)
+        noise = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(5))
+        return tensors, student.state_dict(), whole(noise)
+
+    selected, fitted, output = tensors_and_output(tmp_path / "restored")
+    norms = [each[weight].flatten(1).norm(dim=1) for each in (selected, fitted)]
+    torch.testing.assert_close(norms[1], norms[0])
+    monkeypatch.setattr(Regression, "_restore_norms", lambda *_: None)
+    _, grown, same = tensors_and_output(tmp_path / "grown")
+    torch.testing.assert_close(output, same, rtol=1e-4, atol=1e-4)
+    growth = grown[weight].flatten(1).norm(dim=1) / norms[0]
+    assert growth.max() > 2 and torch.equal(grown[scale], selected[scale])
+    torch.testing.assert_close(fitted[scale].flatten() / selected[scale].flatten(), growth)
 
 
 @pytest.mark.parametrize("kind", PAIRS)

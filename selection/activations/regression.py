@@ -63,11 +63,27 @@ class Regression:
         fixed = [key not in tensors for key, size in self._call.bias for _ in range(size)]
         if any(fixed):  # Eva's keys have no bias that can be fitted, its queries and values do
             weight[:, fixed] = self._equations.solve(ridge, centred=False)[0][:, fixed]
+        selected = _row_norms(tensors[self._fit.key])
         _increase(tensors[self._fit.key], weight)
         parts = bias.split([size for _, size in self._call.bias]) if self._call.bias else ()
         for (key, _), part in zip(self._call.bias, parts, strict=True):
             if key in tensors:  # other parts are constants of the model's
                 _increase(tensors[key], part)
+        if self._fit.scale is not None and not any(fixed):
+            self._restore_norms(tensors, selected)
+
+    def _restore_norms(self, tensors: dict[str, Tensor], selected: Tensor) -> None:
+        """Give the rows of the weight the norms that they had, and what they lose to the LayerScale behind the layer.
+
+        The function stays. But a LayerScale may be 1e-4, and the fitted row then 1e4 times as large as the selected one:
+        an optimizer that takes steps of one size would never move the row, and overthrow the LayerScale in one step.
+        """
+        factor = _row_norms(tensors[self._fit.key]) / selected
+        factor = torch.where((selected > 0) & (factor > 0), factor, 1.0)
+        for key in (self._fit.key, *(key for key, _ in self._call.bias)):
+            tensors[key].copy_(tensors[key].double() / factor.view(-1, *[1] * (tensors[key].ndim - 1)))
+        scale = tensors[self._fit.scale]
+        scale.copy_(scale.double() * factor.view(scale.shape))
 
     def _renew(self, tensors: dict[str, Tensor]) -> None:
         """Move the running statistics as far from the teacher's as the student's input is from the teacher's."""
@@ -86,6 +102,10 @@ class Regression:
 
 def _increase(tensor: Tensor, by: Tensor) -> None:
     tensor.copy_(tensor.double() + by.reshape(tensor.shape))
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    return weight.detach().double().flatten(1).norm(dim=1)
 
 
 class NormalEquations:

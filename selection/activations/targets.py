@@ -27,6 +27,7 @@ class Fit:
     rows: Rows
     writes: bool  # the target is the stream behind it
     fold: Tensor | None  # the teacher's LayerScale that the student's layer has absorbed, of the kept channels
+    scale: str | None  # the student's own LayerScale behind it
     unknowns: int  # of each output
     targets: list[Tensor] = field(default_factory=list)
 
@@ -75,11 +76,12 @@ def moments(values: Tensor) -> Tensor:
 
 @dataclass
 class Seen:
-    """The layers that a part of a model runs, in order, and which addition to the stream each writes to."""
+    """The layers that a part of a model runs, in order, and which addition to the stream each writes to, scaled by what."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
     writes: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Segments, stream: Tensor, after: int, last: int | None) -> "Seen":
@@ -96,6 +98,8 @@ class Seen:
 
     def wrote(self, call: Call, write: Write) -> None:
         self.writes[call.key] = write.number
+        if write.scale_key:
+            self.scales[call.key] = write.scale_key
 
 
 class Targets:
@@ -153,7 +157,15 @@ class Targets:
         folded = next((step[1] for step in source.steps if step[0] == "times"), None)
         fold = None if folded is None else self._teacher.model.get_parameter(folded)
         fold = fold if fold is None or channels is None else fold[channels]
-        return Fit(key, call.kind, teacher_key, rows, writes, fold, call.unknowns)
+        scale = self._scale(call, student)
+        return Fit(key, call.kind, teacher_key, rows, writes, fold, scale, call.unknowns)
+
+    def _scale(self, call: Call, student: Seen) -> str | None:
+        """Name the LayerScale that the student has behind this layer alone, with a value for each of its outputs."""
+        name, outputs = student.scales.get(call.key), call.channels_last(call.output).shape[-1]
+        if name is None or list(student.scales.values()).count(name) > 1:
+            return None
+        return name if self._student.model.get_parameter(name).numel() == outputs else None
 
     def _counterpart(self, key: str, student: Seen, teacher: Seen, end: int | None) -> str | None:
         """Name the teacher's layer whose values a student's layer should give.

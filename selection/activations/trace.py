@@ -17,6 +17,7 @@ LAYOUT = frozenset(
     "transpose permute reshape view flatten unflatten contiguous roll __getitem__ clone dropout movedim swapaxes "
     "squeeze unsqueeze".split()
 )
+RESHAPING = frozenset("reshape view flatten unsqueeze contiguous".split())  # values stay in their order
 ADDING = frozenset("add add_ __add__ __iadd__ __radd__".split())
 SCALING = frozenset("mul mul_ __mul__ __imul__ __rmul__".split())
 
@@ -82,13 +83,14 @@ class Write:
     """The addition of a layer's output to the stream, all in the layout of that output.
 
     `behind` is the stream behind it, and `inside` is 1 where the output arrives and 0 where it was cropped away.
-    `scale` is what multiplies the output on its way (LayerScale, batch norm), None if nothing does. `number` counts
-    the additions of the block.
+    `scale` is what multiplies the output on its way (LayerScale, batch norm), None if nothing does. `scale_key` names
+    the parameter if it is a single one, with a value for each channel. `number` counts the additions of the block.
     """
 
     behind: Tensor
     inside: Tensor
     scale: Tensor | None
+    scale_key: str | None
     number: int
 
 
@@ -104,11 +106,15 @@ class Visitor(Protocol):
 
 @dataclass
 class _Branch:
-    """A layer's output on its way to the stream: `leaf` is the output, and the way back to its layout is a gradient."""
+    """A layer's output on its way to the stream: `leaf` is the output, and the way back to its layout is a gradient.
+
+    `scaled_by` names the parameters in `scale`; None stands for others, and for a batch norm.
+    """
 
     call: Call
     leaf: Tensor
     scale: Tensor | None = None
+    scaled_by: tuple[str | None, ...] = ()
 
     def back(self, end: Tensor, values: Tensor) -> Tensor:
         """Bring `values`, in the layout of `end`, into that of the leaf."""
@@ -163,7 +169,8 @@ class Trace(TorchFunctionMode):
         other = args[1 - place] if len(args) > 1 else None
         if name in SCALING and (self._is_constant(other) or not isinstance(other, Tensor)):
             factor = other if isinstance(other, Tensor) else torch.full((1,), float(other))
-            return self._scaled(tensor, tensor.detach() * factor, factor, branch)
+            names = tuple(name for name, _ in self._pieces(other)) if isinstance(other, Tensor) else ()
+            return self._scaled(tensor, tensor.detach() * factor, factor, branch, names)
         if name in ADDING and isinstance(other, Tensor) and not self._is_constant(other):
             return self._added(args[0], other if place == 0 else args[1])
         return function(*args, **kwargs)
@@ -206,7 +213,7 @@ class Trace(TorchFunctionMode):
         factor = (variance + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             factor = factor * given["weight"]
-        return self._scaled(x, output, factor.view(1, -1, *[1] * (x.ndim - 2)), branch)
+        return self._scaled(x, output, factor.view(1, -1, *[1] * (x.ndim - 2)), branch, (None,))
 
     def _started(self, call: Call) -> Tensor:
         self._visitor.ran(call)
@@ -223,13 +230,12 @@ class Trace(TorchFunctionMode):
         self._alive.append(tensor)
         return tensor
 
-    def _scaled(self, x: Tensor, y: Tensor, factor: Tensor, branch: _Branch) -> Tensor:
+    def _scaled(self, x: Tensor, y: Tensor, factor: Tensor, branch: _Branch, names: tuple[str | None, ...]) -> Tensor:
         scale = branch.back(x, factor)
+        scale = scale if branch.scale is None else scale * branch.scale
         with torch.enable_grad():
             placed = _Placed.apply(x, y)
-        return self._on_branch(
-            placed, _Branch(branch.call, branch.leaf, scale if branch.scale is None else scale * branch.scale)
-        )
+        return self._on_branch(placed, _Branch(branch.call, branch.leaf, scale, (*branch.scaled_by, *names)))
 
     def _added(self, *operands: Tensor) -> Tensor:
         behind = operands[0].detach() + operands[1].detach()
@@ -240,8 +246,9 @@ class Trace(TorchFunctionMode):
         for operand in operands:
             branch = self._branches.get(id(operand))
             if branch is not None and operand.shape == behind.shape:
-                inside = branch.back(operand, torch.ones(1))
-                self._visitor.wrote(branch.call, Write(branch.back(operand, behind), inside, branch.scale, number))
+                inside, behind_it = branch.back(operand, torch.ones(1)), branch.back(operand, behind)
+                key = branch.scaled_by[0] if len(branch.scaled_by) == 1 else None
+                self._visitor.wrote(branch.call, Write(behind_it, inside, branch.scale, key, number))
         return behind
 
     # ---- tensors made of parameters alone ----
@@ -253,7 +260,8 @@ class Trace(TorchFunctionMode):
         flat = [each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [each for each in flat if isinstance(each, Tensor)]
         if isinstance(output, Tensor) and tensors and all(map(self._is_constant, tensors)):
-            pieces = [piece for each in tensors for piece in self._pieces(each)] if name == "cat" else ()
+            same = name == "cat" or (name in RESHAPING and output.numel() == tensors[0].numel())
+            pieces = [piece for each in tensors for piece in self._pieces(each)] if same else ()
             self._constants[id(output)] = tuple(pieces)
             self._alive.append(output)
         return output
@@ -262,7 +270,7 @@ class Trace(TorchFunctionMode):
         if bias is None:
             return ()
         known = self._constants.get(id(bias))
-        return known or ((self._names.get(id(bias)), len(bias)),)
+        return known or ((self._names.get(id(bias)), bias.numel()),)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
