@@ -163,9 +163,9 @@ class Targets:
     def _scale(self, call: Call, student: Seen) -> str | None:
         """Name the LayerScale that the student has behind this layer alone, with a value for each of its outputs."""
         name, outputs = student.scales.get(call.key), call.channels_last(call.output).shape[-1]
-        if name is None or list(student.scales.values()).count(name) > 1:
-            return None
-        return name if self._student.model.get_parameter(name).numel() == outputs else None
+        scale = dict(self._student.model.named_parameters()).get(name)
+        alone = list(student.scales.values()).count(name) == 1
+        return name if alone and scale is not None and scale.numel() == outputs else None
 
     def _counterpart(self, key: str, student: Seen, teacher: Seen, end: int | None) -> str | None:
         """Name the teacher's layer whose values a student's layer should give.
