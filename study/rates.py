@@ -23,7 +23,7 @@ from study.arms import ARMS
 from study.report import METRIC, differences
 from study.studies import CALIBRATION_IMAGES, RATE_SEED
 from training.finished import FinishedRun, find_runs, read_runs
-from utils import UserError, run_script
+from utils import run_script
 
 BASELINE, PAPER = "random", "selected"
 # of a forward and a backward pass, in units of a training step of the same image
@@ -120,12 +120,12 @@ def table_of(section: str, arms: Section, chosen: list[str], teachers: dict[str,
 
 def rows_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, FinishedRun]) -> list[list[str]]:
     """Return the cells of the chosen arms' rows, the best last."""
-    goal = compare.spread([run.last for run in arms[BASELINE].runs])["mean"]
+    baseline = [run.last for run in arms[BASELINE].runs] if BASELINE in arms else []
     rows, ready = [], {arm: arms[arm] for arm in chosen if arms[arm].runs}
     for arm, tried in sorted(ready.items(), key=lambda item: sum(run.last for run in item[1].runs) / len(item[1].runs)):
         runs = sorted(tried.runs, key=lambda run: run.seed)
         means = {epoch: sum(run.values[epoch] for run in runs) / len(runs) for epoch in sorted(runs[0].values)}
-        reached = next((str(epoch + 1) for epoch, mean in means.items() if mean >= goal), "never")
+        reached = _epoch_of(sum(baseline) / len(baseline), means) if baseline and arm != BASELINE else ""
         gains = [_gain(runs, arms.get(other)) for other in (BASELINE, PAPER)]
         accuracies = [compare.spread([run.values[epoch] for run in runs]) for epoch in (min(means), max(means))]
         before = [value for value in map(untrained, runs) if value is not None]
@@ -137,11 +137,15 @@ def rows_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, 
                 compare.cell(compare.spread(before), 1) if before else "",
                 *(compare.cell(each, 1) for each in accuracies),
                 *gains,
-                "" if arm == BASELINE else reached,
+                reached,
                 f"{cost(section, arm, runs[0], teachers):.1f}",
             ]
         )
     return rows
+
+
+def _epoch_of(goal: float, means: dict[int, float]) -> str:
+    return next((str(epoch + 1) for epoch, mean in means.items() if mean >= goal), "never")
 
 
 def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
@@ -152,12 +156,10 @@ def _gain(runs: list[FinishedRun], other: Tried | None) -> str:
 
 
 def report(root: Path) -> str:
-    """Return the page: a table for each section, what was tried, and lengths. UserError without a baseline."""
+    """Return the page: a table for each section, as far as it has come, what was tried, and lengths."""
     sections, teachers = read_sections(root)
     lines = []
     for section, arms in sections.items():
-        if BASELINE not in arms or not arms[BASELINE].runs:
-            raise UserError(f"{root}/{section}: no runs from random init to compare with")
         lines += [
             f"## {section}",
             "",

@@ -47,6 +47,13 @@ def test_rate_of_an_arm_is_the_best_of_its_own_seed(tmp_path):
     assert text.count(arms.ARMS["keep"].title) == 1
 
 
+def test_study_under_way_is_reported_as_far_as_it_has_come(tmp_path):
+    write_arms(tmp_path, {"random": {"1e-3": {3: [20.0, 30.0]}}, "keep": {"1e-3": {3: [1.0, 2.0], 0: [21.0, 33.0]}}})
+    text = rates.report(tmp_path)
+    assert [arms.ARMS["keep"].title, "1e-3", "1", "21.0", "33.0", "", "", "", "1.0"] in cells_of(text)
+    assert "| random init | 30.0 |" in " ".join(text.split())
+
+
 def test_study_finds_the_rate_and_then_runs_the_other_seeds(tmp_path):
     study = studies.STUDIES["refit"]._replace(
         rows=[("vit", "tenth", "random", range(2))], rates={"vit": ("1e-3", "2e-3")}
