@@ -27,9 +27,9 @@ class Fit:
     rows: Rows
     writes: bool  # the target is the stream behind it
     fold: Tensor | None  # the teacher's LayerScale that the student's layer has absorbed, of the kept channels
-    scale: str | None  # the student's own LayerScale behind it
     unknowns: int  # of each output
     targets: list[Tensor] = field(default_factory=list)
+    scale: str | None = None  # the student's own LayerScale behind it
 
     def chosen(self, batch: Batch, fitting: int) -> Tensor:
         """Choose which places of a batch take part, if there are more than enough in the `fitting` images together."""
@@ -158,7 +158,7 @@ class Targets:
         fold = None if folded is None else self._teacher.model.get_parameter(folded)
         fold = fold if fold is None or channels is None else fold[channels]
         scale = self._scale(call, student)
-        return Fit(key, call.kind, teacher_key, rows, writes, fold, scale, call.unknowns)
+        return Fit(key, call.kind, teacher_key, rows, writes, fold, call.unknowns, scale=scale)
 
     def _scale(self, call: Call, student: Seen) -> str | None:
         """Name the LayerScale that the student has behind this layer alone, with a value for each of its outputs."""
