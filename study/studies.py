@@ -1,5 +1,7 @@
 """The studies: which arms, of which models, trained how."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -23,9 +25,9 @@ class Study(NamedTuple):
     rows: list[tuple[str, str, str, range]]  # family, setting, arms and seeds, in the order in which they run
     # The learning rates that each arm tries on RATE_SEED, by family or by section, such as "vit/tenth". The best is
     # that of its other seeds. A section may name another one instead, whose best rates it takes.
-    rates: dict[str, tuple[str, ...] | str] = {}  # noqa: RUF012 - never changed
+    rates: Mapping[str, tuple[str, ...] | str] = MappingProxyType({})
     # by family, options by which a teacher is trained on the student's images
-    tuning: dict[str, str] = {}  # noqa: RUF012 - never changed
+    tuning: Mapping[str, str] = MappingProxyType({})
 
     def chooses_rates(self, section: str) -> str:
         """Name the section whose arms try the rates that a section's arms take: mostly its own."""
@@ -42,7 +44,15 @@ CALIBRATION_IMAGES = 1024  # the default of weight_selection.py
 # The paper's augmentation is made for 300 epochs. Ten epochs need little more than flips and padded crops.
 _CPU_RECIPE = """--input_size 32 --batch_size 128 --warmup_epochs 1 --aa none --color_jitter 0 --mixup 0 --cutmix 0
     --reprob 0 --augment device --cache ram --cache_size 32 --num_workers 0 --device cpu"""
-_VIT = "img_size=32 patch_size=8 "
+_TEACHER = "--lr 1e-3 --data_fraction 0.3"
+
+
+def _vit(width: int, depth: int, training: str, epochs: int, minutes: float) -> Model:
+    """A small ViT for images of 32 px, with heads 32 wide."""
+    shape = f"img_size=32 patch_size=8 embed_dim={width} depth={depth} num_heads={width // 32}"
+    return Model("vit_tiny", shape, training, epochs, minutes)
+
+
 _REAL = Model("vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors")
 _TRIED = ("paper", "short")  # recipes
 _STATISTICS = "rows columns moments vectors norms xavier kaiming"  # arms
@@ -50,17 +60,11 @@ STUDIES = {
     "cpu": Study(
         _CPU_RECIPE,
         {
-            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "--lr 1e-3", 10, 8),
-            "vit/teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 45
-            ),
+            "vit/student": _vit(64, 6, "--lr 1e-3", 10, 8),
+            "vit/teacher": _vit(128, 12, _TEACHER, 20, 45),
             # These two are as deep as the student, so that they differ from each other only in width.
-            "vit/twice_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 20, 25
-            ),
-            "vit/wide_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=256 depth=6 num_heads=8", "--lr 1e-3 --data_fraction 0.3", 20, 75
-            ),
+            "vit/twice_teacher": _vit(128, 6, _TEACHER, 20, 25),
+            "vit/wide_teacher": _vit(256, 6, _TEACHER, 20, 75),
             "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--lr 4e-3", 10, 16),
             "convnext/teacher": Model(
                 "convnext_tiny",
@@ -88,13 +92,9 @@ STUDIES = {
     "refit": Study(
         _CPU_RECIPE,
         {
-            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "", 10, 8),
-            "vit/teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 15
-            ),
-            "vit/deep_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 27
-            ),
+            "vit/student": _vit(64, 6, "", 10, 8),
+            "vit/teacher": _vit(128, 6, _TEACHER, 12, 15),
+            "vit/deep_teacher": _vit(128, 12, _TEACHER, 12, 27),
             "convnext/student": Model("convnext_femto", "dims=24,48,96,192 depths=2,2,6,2", "--channels_last", 10, 16),
             "convnext/teacher": Model(
                 "convnext_tiny",
@@ -143,16 +143,10 @@ STUDIES = {
     "claims": Study(
         _CPU_RECIPE,
         {
-            "vit/student": Model("vit_tiny", _VIT + "embed_dim=64 depth=6 num_heads=2", "", 10, 4),
-            "vit/teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=12 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 14
-            ),
-            "vit/twice_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=6 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 7
-            ),
-            "vit/deepest_teacher": Model(
-                "vit_tiny", _VIT + "embed_dim=128 depth=24 num_heads=4", "--lr 1e-3 --data_fraction 0.3", 12, 28
-            ),
+            "vit/student": _vit(64, 6, "", 10, 4),
+            "vit/teacher": _vit(128, 12, _TEACHER, 12, 14),
+            "vit/twice_teacher": _vit(128, 6, _TEACHER, 12, 7),
+            "vit/deepest_teacher": _vit(128, 24, _TEACHER, 12, 28),
         },
         [
             ("vit", "epochs_1", f"random selected shuffled {_STATISTICS} refit_energy", range(3)),
