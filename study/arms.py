@@ -131,6 +131,7 @@ SETTINGS = {
     "full": Setting(),
     "tenth": Setting(0.1),
     "tenth_lr4e-3": Setting(0.1, "--lr 4e-3"),
+    "tenth_3": Setting(0.1, "--warmup_epochs 0.3", epochs=3),
     "tenth_30": Setting(0.1, epochs=30),
     "tenth_100": Setting(0.1, epochs=100),
     **{f"epochs_{n}": Setting(training=f"--warmup_epochs {n / 10}", epochs=n) for n in (1, 3, 7)},

@@ -9,7 +9,7 @@ from study.arms import ARMS
 # settings that differ in nothing but their epochs, by these, and what they train on
 LENGTHS = (
     ("all images", {1: "epochs_1", 3: "epochs_3", 7: "epochs_7", 10: "full"}),
-    ("a tenth", {10: "tenth", 30: "tenth_30", 100: "tenth_100"}),
+    ("a tenth", {3: "tenth_3", 10: "tenth", 30: "tenth_30", 100: "tenth_100"}),
 )
 
 

@@ -118,8 +118,15 @@ STUDIES = {
             ("vit", "tenth", "deep_selected deep_spread deep_refit deep_spread_refit deep_chain", range(3)),
             ("vit", "full", "random selected magnitude refit_energy refit_magnitude chain", range(3)),
             ("convnext", "full", "random selected refit_energy", range(3)),
+            # Does a refit still help a student that is distilled, in shorter and in longer runs?
+            ("vit", "tenth_3", "random selected refit_energy distilled_selected distilled_refit", range(3)),
+            ("vit", "tenth_30", "random selected refit_energy distilled_selected distilled_refit", range(3)),
         ],
-        rates={"vit": ("5e-4", "1e-3", "2e-3"), "convnext": ("1e-3", "2e-3", "4e-3")},
+        rates={
+            "vit": ("5e-4", "1e-3", "2e-3"),
+            "convnext": ("1e-3", "2e-3", "4e-3"),
+            "vit/tenth_30": "vit/tenth",
+        },
         tuning={"vit": "--lr 1e-3", "convnext": "--lr 1e-3 --channels_last"},
     ),
     # Which recipe suits a short run on few images, in the paper's ViT-T and from a real ViT-S? The teacher is DINOv2's
