@@ -39,7 +39,7 @@ from images.settings import Augmentation
 from images.transforms import build_mixer
 from images.workers import warn_of_cap
 from models.build import build_model, constructor_arguments
-from models.initial import initialize
+from models.initial import check_scheme, initialize
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from options.training import computes_features_once, plain, settled
 from training import distributed
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
                 start = find_start(options, output_dir)
                 if options.eval:
                     options = evaluation_options(argv, options, start)
+                check_scheme(options.init, options.model, constructor_arguments(options))
                 return run(options, start, device, folder, stop)
             except NotFinite as error:
                 raise UserError(f"{error}; {way_on(output_dir)}") from error
@@ -241,12 +242,8 @@ def count_parameters(model: nn.Module) -> int:
 def make_model(options: argparse.Namespace, num_classes: int, precision: Precision) -> nn.Module:
     """Build the model with its random initial values."""
     seed_all(options.seed)
-    model = build_model(
-        options.model,
-        num_classes=num_classes,
-        input_size=options.input_size,
-        model_kwargs=constructor_arguments(options),
-    )
+    arguments = constructor_arguments(options)
+    model = build_model(options.model, num_classes=num_classes, input_size=options.input_size, model_kwargs=arguments)
     initialize(model, options.init)
     return precision.place(model, torch.channels_last if options.channels_last else torch.preserve_format)
 

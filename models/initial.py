@@ -32,6 +32,12 @@ def initialize(model: nn.Module, scheme: str) -> None:
                         layer.bias.zero_()
 
 
+def check_scheme(scheme: str, name: str, kwargs: dict) -> None:
+    """Raise UserError if `initialize` will, before a model with its classes can be built."""
+    if scheme == "mimetic":
+        _attentions(create(name, kwargs, device="meta"))
+
+
 def fresh_head(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
     """Draw timm's own initial values for the head of a model, by `seed`; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -49,12 +55,10 @@ def mimetic(model: nn.Module) -> None:
     """Draw the attention of a ViT so that its products resemble those of trained ones (Trockman and Kolter 2023).
 
     In each head, query and key make a low-rank approximation of 0.7 Z + 0.7 I. Value and output projection make 0.4 Z -
-    0.4 I. Z is normal with variance 1 / width. Biases are 0. Raises UserError for another family than ViT.
+    0.4 I. Z is normal with variance 1 / width. Biases are 0. Raises UserError unless the model is a ViT with one
+    attention in each block.
     """
-    if family_of(model) != "vit":
-        raise UserError(f"--init mimetic is for ViTs, not for a {type(model).__name__}: it draws their attention")
-    for block in model.blocks:
-        attention = block.attn
+    for attention in _attentions(model):
         width, heads = attention.proj.weight.shape[0], attention.num_heads
         query, key, value = attention.qkv.weight.chunk(3)
         for rows in torch.arange(width).chunk(heads):
@@ -66,6 +70,15 @@ def mimetic(model: nn.Module) -> None:
         for bias in (attention.qkv.bias, attention.proj.bias):
             if bias is not None:
                 bias.zero_()
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    if family_of(model) != "vit":
+        raise UserError(f"--init mimetic is for ViTs, not for a {type(model).__name__}: it draws their attention")
+    attentions = [getattr(block, "attn", None) for block in model.blocks]
+    if not all(hasattr(each, "qkv") for each in attentions):
+        raise UserError("--init mimetic needs one attention in each block, and this ViT's blocks have others")
+    return attentions
 
 
 def _factors(noise: float, identity: float, width: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,11 @@ def _selection_conflict(options: argparse.Namespace) -> str | None:
             f"--new_head {o.new_head} is a head without the teacher's weights: leave head out of --take",
         ),
         (
+            not (o.new_head and take),
+            f"--new_head {o.new_head} makes a file for readers that want every key, and --take leaves some out: give one of "
+            "them",
+        ),
+        (
             not o.new_head or classes == o.new_head,
             f"--new_head {o.new_head} is not the num_classes={classes} of --student_kwargs",
         ),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import main
 import models
 from models.initial import initialize
 from options.training import training_options
@@ -66,6 +67,14 @@ def test_mimetic_products_are_near_the_identity_and_its_negative():
 def test_mimetic_is_refused_for_other_families():
     with pytest.raises(UserError, match="--init mimetic is for ViTs, not for a ConvNeXt"):
         drawn("mimetic", "convnext_femto", {"dims": (24, 48, 96, 192)})
+    with pytest.raises(UserError, match="--init mimetic needs one attention in each block"):
+        drawn("mimetic", "vit_small_patch16_18x2_224", {"embed_dim": 64, "depth": 2, "num_heads": 2})
+
+
+def test_mimetic_is_refused_before_the_images_are_read(tmp_path):
+    missing = f"--device cpu --model convnext_femto --init mimetic --data_set image_folder --data_path {tmp_path}/none"
+    with pytest.raises(UserError, match="--init mimetic is for ViTs, not for a ConvNeXt"):
+        main.main(missing.split())
 
 
 def test_init_beside_initialize_is_a_usage_error(capsys):

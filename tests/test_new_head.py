@@ -109,6 +109,7 @@ def test_file_adds_the_head_to_what_is_selected(small_teacher, tmp_path, capsys)
             "--new_head 3 --include_head true",
             "--new_head 3 is a head without the teacher's weights: leave out --include_head",
         ),
+        ("--new_head 3 --take mlp", "--new_head 3 makes a file for readers that want every key"),
         ("--new_head 3 --take head", "--new_head 3 is a head without the teacher's weights: leave head out of --take"),
         ("--new_head 3 --student_kwargs num_classes=4", "--new_head 3 is not the num_classes=4 of --student_kwargs"),
         ("--new_head 0", "0 is not at least 1"),
