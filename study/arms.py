@@ -9,8 +9,8 @@ class Arm(NamedTuple):
     """One kind of start, and of training, of a student.
 
     It starts from a teacher, by options of weight_selection.py, or at random. A teacher whose name begins with "tuned" was
-    trained on the student's images after its own. `control`: what study.controls leaves of the teacher first. `distilled`:
-    the teacher whose logits the student also learns from. `training`: options of main.py.
+    trained on the student's images after its own. `control`: what study.controls leaves of the selected weights.
+    `distilled`: the teacher whose logits the student also learns from. `training`: options of main.py.
     """
 
     title: str
@@ -34,13 +34,13 @@ def _ablation(title: str, options: str) -> Arm:
 ARMS = {
     "random": Arm("random init", None),
     "selected": Arm("weight selection"),  # the paper's rules: first layers, evenly spaced channels, blended heads
-    "shuffled": Arm("shuffled teacher", control="shuffled"),
-    # What is left of a teacher without the places of its values, and other statistics than timm's.
-    "rows": Arm("teacher shuffled within rows", control="rows"),
-    "columns": Arm("teacher shuffled within columns", control="columns"),
-    "moments": Arm("normal values of the teacher's means and deviations", control="moments"),
+    # What is left of selected weights without their places, and other statistics than timm's.
+    "shuffled": Arm("shuffled weights", control="shuffled"),
+    "matrices": Arm("matrices shuffled, norms and biases kept", control="matrices"),
+    "rows": Arm("the same, within rows", control="rows"),
+    "columns": Arm("the same, within columns", control="columns"),
+    "moments": Arm("normal values of equal means and deviations", control="moments"),
     "vectors": Arm("norms and biases alone", control="vectors"),
-    "norms": Arm("norms alone", "--take norm"),
     "xavier": Arm("Xavier init", None, training="--init xavier"),
     "kaiming": Arm("Kaiming init", None, training="--init kaiming"),
     "mimetic": Arm("mimetic init", None, training="--init mimetic"),
@@ -131,9 +131,8 @@ SETTINGS = {
     "full": Setting(),
     "tenth": Setting(0.1),
     "tenth_lr4e-3": Setting(0.1, "--lr 4e-3"),
-    "tenth_3": Setting(0.1, "--warmup_epochs 0.3", epochs=3),
-    "tenth_30": Setting(0.1, epochs=30),
-    "tenth_100": Setting(0.1, epochs=100),
+    # other lengths; the warm-up keeps its share
+    **{f"tenth_{n}": Setting(0.1, f"--warmup_epochs {n / 10}", epochs=n) for n in (3, 30, 100)},
     **{f"epochs_{n}": Setting(training=f"--warmup_epochs {n / 10}", epochs=n) for n in (1, 3, 7)},
     "probe": Setting(0.1, "--linear_probe true --hflip 0.5", epochs=20),  # augmented as the other runs are
     **{

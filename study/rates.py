@@ -21,6 +21,7 @@ from options.parser import Parser
 from study import lengths
 from study.arms import ARMS
 from study.report import METRIC, differences
+from study.search import best_of
 from study.studies import CALIBRATION_IMAGES, RATE_SEED
 from training.finished import FinishedRun, find_runs, read_runs
 from utils import run_script
@@ -55,7 +56,7 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
     sections: dict[str, Section] = defaultdict(dict)
     for (section, arm), tried in runs.items():
         ends = {rate: run.last for rate, run in tried if run.seed == RATE_SEED}
-        best = max(ends, key=ends.get) if ends else tried[0][0]  # or it was chosen elsewhere
+        best = best_of(ends) if ends else tried[0][0]  # or it was chosen elsewhere
         chosen = [run for rate, run in tried if rate == best and run.seed != RATE_SEED]
         sections[section][arm] = Tried(best, chosen, ends)
     return sections, teachers
@@ -68,6 +69,14 @@ def work(run: FinishedRun) -> tuple[float, float]:
     return record["step"] * int(run.settings["images_per_update"]), record["n_parameters"]
 
 
+def parameters_of(model: dict) -> int:
+    """Count the parameters of a model that no run trained, by its name and arguments."""
+    from models.build import create  # here, because few reports need torch
+
+    outline = create(model["model"], model["kwargs"], device="meta", short=False)
+    return sum(parameter.numel() for parameter in outline.parameters())
+
+
 def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedRun]) -> float:
     """Return images times parameters of all that an arm trains and runs, in units of its student's training.
 
@@ -77,6 +86,9 @@ def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedR
     own, total = images * parameters, images * parameters
 
     def teacher(role: str) -> tuple[float, float]:
+        if f"{section.partition('/')[0]}/{role}" not in teachers and not role.startswith("tuned"):  # it is a file
+            config = json.loads(read_text(run.folder / "config.json"))
+            return 0.0, parameters_of(config["initialization"]["teacher"])
         return work(teachers[f"{section if role.startswith('tuned') else section.partition('/')[0]}/{role}"])
 
     for role in {choices.teacher, choices.distilled}:
@@ -138,7 +150,10 @@ def rows_of(section: str, arms: Section, chosen: list[str], teachers: dict[str, 
                 *(compare.cell(each, 1) for each in accuracies),
                 *gains,
                 reached,
-                f"{cost(section, arm, runs[0], teachers):.1f}",
+                # the log of a linear probe counts the classifier alone
+                ""
+                if runs[0].settings.get("linear_probe") == "true"
+                else f"{cost(section, arm, runs[0], teachers):.1f}",
             ]
         )
     return rows

@@ -11,7 +11,6 @@ share the work: on two cores, two calls with OMP_NUM_THREADS=1 get more done tha
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from files import read_text, write_atomically
 from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
 from study.runs import Run, runs_of
-from study.studies import RATE_SEED, STUDIES, Study
+from study.studies import RATE_SEED, STUDIES
 from training.finished import is_finished
 from training.launch import say, work_off
 from utils import UserError, run_script
@@ -55,15 +54,11 @@ class Place:
     def lock_file(self, run: Run) -> Path:
         return self.work / f"{run.name}.lock"
 
-    def best_rate(self, study: Study, section: str, arm: str) -> str | None:
-        """Return the learning rate with which an arm ended best on RATE_SEED; None until all were tried."""
-        ends = {}
-        for rate in study.rates_of(section):
-            log = self.results / f"{section}/{arm}@{rate}-{RATE_SEED}/log.txt"
-            if not log.exists():
-                return None
-            ends[rate] = json.loads(read_text(log).splitlines()[-1])["test_acc1"]
-        return max(ends, key=ends.get)
+    def ends(self, section: str, arm: str) -> dict[str, float]:
+        """Return where an arm ended on RATE_SEED with each learning rate that was tried."""
+        logs = (self.results / section).glob(f"{arm}@*-{RATE_SEED}/log.txt")
+        last = {log.parent.name: json.loads(read_text(log).splitlines()[-1]) for log in logs}
+        return {name.partition("@")[2].rpartition("-")[0]: record["test_acc1"] for name, record in last.items()}
 
     def can_teach(self, run: Run) -> bool:
         """Return whether this teacher is finished. UserError if it is, but its weights are not in `work`.
@@ -89,18 +84,16 @@ class Place:
         source, file = run.weights or run.teacher.checkpoint, f"{run.name}.pth"
         if run.selection is None:
             return [[*train, "--initialize", source]]
-        change = []
+        script, selected, change = str(ROOT / "weight_selection.py"), file, []
         if run.control:
-            teacher = run.teacher.name if run.teacher else f"{run.name.partition('/')[0]}/teacher"
-            whole, source = source, f"{teacher}_{run.control}.pth"
-            change = [[sys.executable, "-m", "study.controls", run.control, whole, source]]
-        script = str(ROOT / "weight_selection.py")
-        select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", file]
+            selected = f"{run.name}.selected.pth"
+            change = [[sys.executable, "-m", "study.controls", *run.control, selected, file]]
+        select = [sys.executable, script, *run.selection, "--pretrained_path", source, "--output_dir", selected]
         measure = []
         if run.untrained:
             options = [*run.command[: run.command.index("--output_dir")], "--initialize", file]
             measure = [[sys.executable, "-m", "study.untrained", f"{run.name}.untrained.json", *options]]
-        return [*change, select, *measure, [*train, "--initialize", file]]
+        return [select, *change, *measure, [*train, "--initialize", file]]
 
     def make(self, run: Run, call: Callable[..., int]) -> None:
         """Run the commands, with their messages in a file beside the run's folder, and publish the log."""
@@ -219,7 +212,7 @@ def carry_out(options: argparse.Namespace) -> None:
     study = STUDIES[options.study]
 
     def planned() -> list[Run]:
-        return chosen(runs_of(study, functools.partial(place.best_rate, study)), options.only)
+        return chosen(runs_of(study, place.ends), options.only)
 
     runs = planned()
     if options.list:

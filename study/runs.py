@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from study.arms import ARMS, SETTINGS, TEACHER_DATA
+from study.search import known_best, rates_to_try
 from study.studies import RATE_SEED, Model, Study
 
 
@@ -18,7 +19,7 @@ class Run:
     is_teacher: bool = False
     teacher: "Run | None" = None
     weights: str = ""  # the file of its teacher, if no run makes one
-    control: str = ""  # what study.controls leaves of the teacher first
+    control: tuple[str, ...] = ()  # options of study.controls except the files, for what was selected
     selection: tuple[str, ...] | None = None  # options of weight_selection.py except the file; None: all weights
     untrained: bool = False  # measure it before the training too
     distilled_from: "Run | None" = None
@@ -34,24 +35,25 @@ class Run:
         return list(dict.fromkeys(run for teacher in teachers for run in (*teacher.needs, teacher)))
 
 
-def runs_of(study: Study, best_rate: Callable[[str, str], str | None] = lambda section, arm: None) -> list[Run]:
+def runs_of(study: Study, ends: Callable[[str, str], dict[str, float]] = lambda section, arm: {}) -> list[Run]:
     """Return all runs of a study in order, each after those that it needs.
 
-    In a study with rates, `best_rate` names that of a section's arm, such as "vit/tenth", "random". As long as it
-    returns None, the arm's runs are those that find it.
+    In a study with rates, `ends` says where a section's arm, such as "vit/tenth", "random", ended with each rate that was
+    tried. As long as the best is not known, the arm's runs are those that find it.
     """
-    return list(dict.fromkeys(_in_order(study, best_rate)))
+    return list(dict.fromkeys(_in_order(study, ends)))
 
 
-def _in_order(study: Study, best_rate: Callable[[str, str], str | None]) -> Iterator[Run]:
+def _in_order(study: Study, ends: Callable[[str, str], dict[str, float]]) -> Iterator[Run]:
     for family, setting, arms, seeds in study.rows:
         section = study.chooses_rates(f"{family}/{setting}")
+        ladder = study.rates_of(section)
         for arm in arms.split():
-            for rate in () if ARMS[arm].rate_of else study.rates_of(section):
+            for rate in () if ARMS[arm].rate_of else rates_to_try(ladder, ends(section, arm)):
                 yield from _with_needs(_student(study, family, section.partition("/")[2], arm, RATE_SEED, rate))
         for seed in seeds:
             for arm in arms.split():
-                rate = best_rate(section, ARMS[arm].rate_of or arm) if study.rates else ""
+                rate = known_best(ladder, ends(section, ARMS[arm].rate_of or arm)) if ladder else ""
                 if rate is not None:
                     yield from _with_needs(_student(study, family, setting, arm, seed, rate))
 
@@ -86,7 +88,7 @@ def _student(study: Study, family: str, setting: str, arm: str, seed: int, rate:
         student,
         teacher=None if teacher.weights else _teacher(study, family, setting, choices.teacher),
         weights=teacher.weights and f"data/{teacher.weights}",
-        control=choices.control,
+        control=(choices.control, "--seed", str(seed)) if choices.control else (),
         selection=tuple(selection.split()),
         untrained=where.untrained,
     )

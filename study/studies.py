@@ -23,8 +23,9 @@ class Study(NamedTuple):
     recipe: str  # options of main.py for every run
     models: dict[str, Model]  # by family and role, such as "vit/teacher"
     rows: list[tuple[str, str, str, range]]  # family, setting, arms and seeds, in the order in which they run
-    # The learning rates that each arm tries on RATE_SEED, by family or by section, such as "vit/tenth". The best is
-    # that of its other seeds. A section may name another one instead, whose best rates it takes.
+    # The learning rates that each arm tries on RATE_SEED, by family or by section, such as "vit/tenth": three from the
+    # middle, and further ones while the best is at an end. The best is that of its other seeds. A section may name
+    # another one instead, whose best rates it takes.
     rates: Mapping[str, tuple[str, ...] | str] = MappingProxyType({})
     # by family, options by which a teacher is trained on the student's images
     tuning: Mapping[str, str] = MappingProxyType({})
@@ -55,7 +56,9 @@ def _vit(width: int, depth: int, training: str, epochs: int, minutes: float) -> 
 
 _REAL = Model("vit_small_patch14_dinov2", "", "", 0, 0, weights="dinov2_vits14_saliency_fp16.safetensors")
 _TRIED = ("paper", "short")  # recipes
-_STATISTICS = "rows columns moments vectors norms xavier kaiming"  # arms
+_STATISTICS = "shuffled matrices rows columns moments vectors xavier kaiming"  # arms
+_SHORT = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")  # learning rates of 390 updates, and of more
+_LONG = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 STUDIES = {
     "cpu": Study(
         _CPU_RECIPE,
@@ -156,23 +159,26 @@ STUDIES = {
             "vit/deepest_teacher": _vit(128, 24, _TEACHER, 12, 28),
         },
         [
-            ("vit", "epochs_1", f"random selected shuffled {_STATISTICS} refit_energy", range(3)),
-            ("vit", "full", f"random selected shuffled {_STATISTICS} refit_energy", range(3)),
-            ("vit", "epochs_3", "random selected refit_energy", range(3)),
-            ("vit", "epochs_7", "random selected refit_energy", range(3)),
             ("vit", "tenth", "random selected shuffled refit_energy", range(3)),
-            ("vit", "tenth_100", "random selected", range(3)),
             ("vit", "probe", "random selected shuffled refit_energy", range(3)),
+            ("vit", "full", f"random selected {_STATISTICS} refit_energy", range(3)),
+            ("vit", "tenth_100", "random selected shuffled", range(3)),
+            *(("vit", f"epochs_{n}", "random selected refit_energy", range(3)) for n in (1, 3, 7)),
             ("vit", "tenth", "no_patch_embed no_pos_embed no_attention no_mlp no_norm", range(3)),
             ("vit", "tenth", "gain_width gain_1 xavier kaiming mimetic", range(3)),
             ("vit", "tenth", "magnitude magnitude_inconsistent l1_inconsistent", range(3)),
-            ("vit", "tenth", "uniform_layers twice_blend deepest_selected deepest_spread deepest_last", range(3)),
+            (
+                "vit",
+                "tenth",
+                "last_layers uniform_layers twice_blend deepest_selected deepest_spread deepest_last",
+                range(3),
+            ),
         ],
         rates={
-            "vit": ("5e-4", "1e-3", "2e-3"),
-            "vit/probe": ("3e-3", "1e-2", "3e-2"),
-            "vit/tenth_100": "vit/tenth",
-            **dict.fromkeys(("vit/epochs_3", "vit/epochs_7", "vit/full"), "vit/epochs_1"),
+            "vit": _SHORT,
+            "vit/probe": ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1"),
+            **dict.fromkeys(("vit/epochs_3", "vit/full"), _LONG),
+            **dict.fromkeys(("vit/epochs_7", "vit/tenth_100"), "vit/full"),
         },
     ),
     # The paper's ViT-T in its full shape, from a real ViT-S.
@@ -185,7 +191,7 @@ STUDIES = {
             ("vit", "full", "random selected refit_energy", range(3)),
             ("vit", "tenth", "magnitude refit_magnitude_energy refit_coverage", range(3)),
         ],
-        rates={"vit": ("1e-4", "3e-4", "1e-3"), "vit/tenth_30": "vit/tenth", "vit/full": "vit/tenth"},
+        rates={"vit": ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3"), "vit/tenth_30": "vit/tenth", "vit/full": "vit/tenth"},
     ),
     # The paper's models and recipe, but at 64 px for 90 epochs. Choose one row with --only, and give it its own --work
     # and --results: it includes its teacher, and `selected`, because students can be compared only with those of the

@@ -115,12 +115,16 @@ def commands(monkeypatch):
 def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_path, capsys):
     results, names = tmp_path / "results", ["vit/full/random-0", "vit/teacher", "vit/full/shuffled-0"]
     run.main(call)
-    assert commands == ["main.py", "main.py", "study.controls", "weight_selection.py", "main.py"]
+    assert commands == ["main.py", "main.py", "weight_selection.py", "study.controls", "main.py"]
     for name in names:
         assert [line["epoch"] for line in read_log(results / name)] == [0]
         config = (results / name / "config.json").read_text()
         assert str(tmp_path) not in config and str(Path.home()) not in config
-    assert json.loads(config)["initialization"]["teacher"]["file"] == "vit/teacher_shuffled.pth"
+    assert json.loads(config)["initialization"]["path"] == "vit/full/shuffled-0.pth"
+    selected, shuffled = (
+        open_weights(tmp_path / f"work/vit/full/shuffled-0{end}") for end in (".selected.pth", ".pth")
+    )
+    assert all(torch.equal(shuffled[key].flatten().sort()[0], selected[key].flatten().sort()[0]) for key in selected)
     assert {file.name for file in results.rglob("*") if file.is_file()} == {"config.json", "log.txt"}
 
     run.main(call)
@@ -131,7 +135,7 @@ def test_a_study_is_run_once_and_keeps_logs_without_paths(call, commands, tmp_pa
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert listed[:3] == [[names[0], "finished"], [names[1], "finished"], [names[2], "epoch"]]
     run.main(call)
-    assert commands[5:] == ["study.controls", "weight_selection.py", "main.py"]
+    assert commands[5:] == ["weight_selection.py", "study.controls", "main.py"]
     assert [line["epoch"] for line in read_log(results / names[2])] == [0]
 
 
@@ -233,14 +237,19 @@ def test_controls_write_the_same_file_for_the_same_seed(tmp_path):
 def test_controls_keep_what_they_say():
     generator = torch.Generator().manual_seed(2)
     shapes = {"matrix": (64, 96), "filter": (32, 3, 8, 8), "embedding": (1, 17, 64), "vector": (640,)}
+    shapes["attn.qkv.weight"] = (192, 64)
     tensors = {key: 2 + 3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     changed = {name: controls.controlled(tensors, name, 0) for name in controls.CONTROLS}
     for key, shape in shapes.items():
         rows = (17, 64) if key == "embedding" else (shape[0], -1)
         for name, axis in (("rows", 1), ("columns", 0)):
             before, after = tensors[key].view(rows), changed[name][key].view(rows)
-            assert torch.equal(before.sort(axis).values, after.sort(axis).values)
-            assert torch.equal(before, after) == (key == "vector" and name == "rows")
+            for one, other in zip(*(x.chunk(3 if "qkv" in key else 1) for x in (before, after)), strict=True):
+                assert torch.equal(one.sort(axis).values, other.sort(axis).values)
+            assert torch.equal(before, after) == (key == "vector")
+        values = [changed["matrices"][key], tensors[key]]
+        assert torch.equal(*values) == (key == "vector")
+        assert torch.equal(*(value.flatten().sort().values for value in values))
         moments = changed["moments"][key]
         assert moments.mean() == pytest.approx(2, abs=0.5) and moments.std() == pytest.approx(3, abs=0.3)
     kept = changed["vectors"]
@@ -310,7 +319,7 @@ def test_pairs_are_compared_seed_by_seed(write_runs, tables):
     (line,) = re.findall(r"^\| vit/tenth .*", tables(), re.M)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 3 epochs: a tenth and a third are the first; 33 - 30 and 43 - 41 at the end
-    assert cells[1:] == ["weight selection above shuffled teacher", "2", "+0.0 ± 0.0", "+0.0 ± 0.0", "+2.5 ± 0.7"]
+    assert cells[1:] == ["weight selection above shuffled weights", "2", "+0.0 ± 0.0", "+0.0 ± 0.0", "+2.5 ± 0.7"]
 
 
 def replace_in_config(tmp_path, name, old, new):

@@ -1,12 +1,12 @@
 """A study whose arms have learning rates of their own: how they are found, and the table."""
 
-import functools
 import json
+import shutil
 
 import pytest
 from conftest import read_log, write_run
 
-from study import arms, lengths, rates, run, runs, studies
+from study import arms, lengths, rates, run, runs, search, studies
 
 
 def write_arms(root, ends, section="vit/tenth"):
@@ -61,11 +61,26 @@ def test_study_finds_the_rate_and_then_runs_the_other_seeds(tmp_path):
     place = run.Place(tmp_path, tmp_path)
 
     def planned():
-        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
+        return [each.name for each in runs.runs_of(study, place.ends)]
 
     assert planned() == ["vit/tenth/random@1e-3-3", "vit/tenth/random@2e-3-3"]
     write_arms(tmp_path, {"random": {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0]}}})
     assert planned()[2:] == ["vit/tenth/random@2e-3-0", "vit/tenth/random@2e-3-1"]
+
+
+def test_search_goes_on_while_an_end_of_the_ladder_is_best():
+    ladder, ends = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2"), {}
+    assert search.rates_to_try(ladder, ends) == ladder[1:4] and search.known_best(ladder, ends) is None
+    ends |= {"3e-4": 50.0, "1e-3": 49.0}
+    assert search.known_best(ladder, ends) is None
+    ends["3e-3"] = 40.0
+    assert search.rates_to_try(ladder, ends) == ladder[:4] and search.known_best(ladder, ends) is None
+    assert search.known_best(ladder, ends | {"1e-4": 60.0}) == "1e-4"  # the ladder ends there
+    assert search.known_best(ladder, ends | {"1e-4": 50.0, "1e-2": 70.0}) == "1e-4"  # the lower of two equal ones
+    assert search.rates_to_try(ladder, ends | {"3e-3": 51.0}) == ladder[1:]
+    assert (
+        search.rates_to_try(ladder[:3], {}) == ladder[:3] == search.rates_to_try(ladder[:3], dict.fromkeys(ladder, 1))
+    )
 
 
 def test_longer_runs_take_the_rates_of_the_shortest(tmp_path):
@@ -75,7 +90,7 @@ def test_longer_runs_take_the_rates_of_the_shortest(tmp_path):
     place = run.Place(tmp_path, tmp_path)
 
     def planned():
-        return [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
+        return [each.name for each in runs.runs_of(study, place.ends)]
 
     tried = ["vit/epochs_1/random@1e-3-3", "vit/epochs_1/random@2e-3-3"]
     assert planned() == tried
@@ -94,12 +109,33 @@ def test_lengths_are_compared_where_the_baseline_has_several(tmp_path):
         write_arms(tmp_path, ends, f"vit/{section}")
     write_arms(tmp_path, {"shuffled": {"1e-3": {0: [30.0]}}}, "vit/full")  # of one length only
     rows = cells_of(rates.report(tmp_path).partition("## vit, all images: runs of several lengths")[2])
-    assert ["start", "1 epoch", "3 epochs", "10 epochs", "epochs to 36.0 %"] in rows
-    assert ["random init", "20.0 ± 1.4", "30.0 ± 1.4", "36.0 ± 1.4", "10.0"] in rows
-    assert ["weight selection", "32.0 ± 1.4", "38.0 ± 1.4", "44.0 ± 1.4", "2.3"] in rows  # 1 + 2 * 4 / 6
+    assert ["start", "1 epoch", "3 epochs", "10 epochs", "epochs to random init's end"] in rows
+    assert ["random init", "20.0 ± 1.4", "30.0 ± 1.4", "36.0 ± 1.4", "10.0 ± 0.0"] in rows
+    assert [
+        "weight selection",
+        "32.0 ± 1.4",
+        "38.0 ± 1.4",
+        "44.0 ± 1.4",
+        "2.1 ± 0.0",
+    ] in rows  # 3 ** (4 / 6), each seed
     assert arms.ARMS["shuffled"].title not in {row[0] for row in rows}
     assert (tmp_path / "lengths.png").exists()
-    assert lengths.epochs_to(30, {1: 32.0, 3: 38.0}) == "at most 1" and lengths.epochs_to(40, {1: 32.0, 3: 38.0}) == ""
+    assert lengths.epochs_to(30, {1: 32.0, 3: 38.0}) == (1, False) and lengths.epochs_to(40, {1: 32.0, 3: 38.0}) is None
+
+
+def test_teacher_in_a_file_counts_by_its_shape(tmp_path):
+    tried = {"1e-3": {3: [20.0, 30.0], 0: [20.0, 32.0]}}
+    write_arms(tmp_path, {"random": tried, "refit_energy": tried})
+    for name in ("vit/teacher", "vit/tenth/tuned"):
+        shutil.rmtree(tmp_path / name)
+    config = tmp_path / "vit/tenth/refit_energy@1e-3-0/config.json"
+    teacher = {"model": "vit_tiny_patch16_224", "kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 1}}
+    source = {"path": "a.pth", "sha256": "a", "teacher": teacher}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"initialization": source}))
+    assert rates.parameters_of(teacher) == sum(
+        (3 * 256 * 12 + 12, 12 + 197 * 12, 24 + 13 * 36 + 13 * 12, 24 + 13 * 48 + 49 * 12, 24, 13 * 1000)
+    )
+    assert ["energy, refit", "1e-3", "1"] in [row[:3] for row in cells_of(rates.report(tmp_path))]
 
 
 def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
@@ -108,7 +144,7 @@ def test_ablations_take_their_arms_rate_and_have_a_table(tmp_path):
     place = run.Place(tmp_path, tmp_path)
     tried = {"1e-3": {3: [20.0, 30.0]}, "2e-3": {3: [20.0, 31.0], 0: [20.0, 32.0]}}
     write_arms(tmp_path, {"random": tried, "refit_energy": tried, "ridge_1": {"2e-3": {0: [20.0, 35.0]}}})
-    names = [each.name for each in runs.runs_of(study, functools.partial(place.best_rate, study))]
+    names = [each.name for each in runs.runs_of(study, place.ends)]
     assert names[-2:] == ["vit/tenth/refit_energy@2e-3-0", "vit/tenth/ridge_1@2e-3-0"] and len(names) == 5
     text = rates.report(tmp_path)
     above, _, below = text.partition("### Changes of energy, refit")
