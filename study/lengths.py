@@ -93,6 +93,7 @@ def draw(tables: dict[str, Ends], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), "o", color=colour, ms=4, alpha=0.5)
         panel.set(title=title, xlabel="epochs of the whole run", ylabel="accuracy at its end, %", xscale="log")
         panel.set_xticks(lengths, map(str, lengths))
+        panel.minorticks_off()
         panel.legend(frameon=False)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
