@@ -125,11 +125,7 @@ STUDIES = {
             ("vit", "tenth_3", "random selected refit_energy distilled_selected distilled_refit", range(3)),
             ("vit", "tenth_30", "random selected refit_energy distilled_selected distilled_refit", range(3)),
         ],
-        rates={
-            "vit": ("5e-4", "1e-3", "2e-3"),
-            "convnext": ("1e-3", "2e-3", "4e-3"),
-            "vit/tenth_30": "vit/tenth",
-        },
+        rates={"vit": ("5e-4", "1e-3", "2e-3"), "convnext": ("1e-3", "2e-3", "4e-3")},
         tuning={"vit": "--lr 1e-3", "convnext": "--lr 1e-3 --channels_last"},
     ),
     # Which recipe suits a short run on few images, in the paper's ViT-T and from a real ViT-S? The teacher is DINOv2's
