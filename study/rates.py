@@ -21,6 +21,7 @@ from options.parser import Parser
 from study import lengths
 from study.arms import ARMS
 from study.report import METRIC, differences
+from study.runs import arm_and_rate
 from study.search import best_of
 from study.studies import CALIBRATION_IMAGES, RATE_SEED
 from training.finished import FinishedRun, find_runs, read_runs
@@ -48,9 +49,9 @@ def read_sections(root: Path) -> tuple[dict[str, Section], dict[str, FinishedRun
     teachers: dict[str, FinishedRun] = {}
     for run in read_runs(find_runs([root]), METRIC):
         name = run.folder.relative_to(root)
-        arm, _, rest = run.folder.name.partition("@")
-        if rest:
-            runs[name.parent.as_posix(), arm].append((rest.rpartition("-")[0], run))
+        arm, rate = arm_and_rate(run.folder.name)
+        if rate:
+            runs[name.parent.as_posix(), arm].append((rate, run))
         else:
             teachers[name.as_posix()] = run
     sections: dict[str, Section] = defaultdict(dict)
@@ -86,10 +87,12 @@ def cost(section: str, arm: str, run: FinishedRun, teachers: dict[str, FinishedR
     own, total = images * parameters, images * parameters
 
     def teacher(role: str) -> tuple[float, float]:
-        if f"{section.partition('/')[0]}/{role}" not in teachers and not role.startswith("tuned"):  # it is a file
-            config = json.loads(read_text(run.folder / "config.json"))
-            return 0.0, parameters_of(config["initialization"]["teacher"])
-        return work(teachers[f"{section if role.startswith('tuned') else section.partition('/')[0]}/{role}"])
+        tuned = role.startswith("tuned")
+        name = f"{section if tuned else section.partition('/')[0]}/{role}"
+        if tuned or name in teachers:
+            return work(teachers[name])
+        config = json.loads(read_text(run.folder / "config.json"))  # no run made it: it is a file
+        return 0.0, parameters_of(config["initialization"]["teacher"])
 
     for role in {choices.teacher, choices.distilled}:
         if role.startswith("tuned"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from files import read_text, write_atomically
 from options.parser import Parser
 from study.arms import STUDENT_DATA, TEACHER_DATA
-from study.runs import Run, runs_of
+from study.runs import Run, arm_and_rate, runs_of
 from study.studies import RATE_SEED, STUDIES
 from training.finished import is_finished
 from training.launch import say, work_off
@@ -58,7 +58,7 @@ class Place:
         """Return where an arm ended on RATE_SEED with each learning rate that was tried."""
         logs = (self.results / section).glob(f"{arm}@*-{RATE_SEED}/log.txt")
         last = {log.parent.name: json.loads(read_text(log).splitlines()[-1]) for log in logs}
-        return {name.partition("@")[2].rpartition("-")[0]: record["test_acc1"] for name, record in last.items()}
+        return {arm_and_rate(name)[1]: record["test_acc1"] for name, record in last.items()}
 
     def can_teach(self, run: Run) -> bool:
         """Return whether this teacher is finished. UserError if it is, but its weights are not in `work`.

@@ -1,5 +1,6 @@
 """The runs of a study, in order, and their commands."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ def runs_of(study: Study, ends: Callable[[str, str], dict[str, float]] = lambda 
     In a study with rates, `ends` says where a section's arm, such as "vit/tenth", "random", ended with each rate that was
     tried. As long as the best is not known, the arm's runs are those that find it.
     """
-    return list(dict.fromkeys(_in_order(study, ends)))
+    return list(dict.fromkeys(_in_order(study, functools.cache(ends))))
 
 
 def _in_order(study: Study, ends: Callable[[str, str], dict[str, float]]) -> Iterator[Run]:
@@ -56,6 +57,12 @@ def _in_order(study: Study, ends: Callable[[str, str], dict[str, float]]) -> Ite
                 rate = known_best(ladder, ends(section, ARMS[arm].rate_of or arm)) if ladder else ""
                 if rate is not None:
                     yield from _with_needs(_student(study, family, setting, arm, seed, rate))
+
+
+def arm_and_rate(folder: str) -> tuple[str, str]:
+    """Return the arm and the learning rate in the name of a student's folder, such as "random@5e-4-3"; "" without a rate."""
+    arm, _, rate = folder.rpartition("-")[0].partition("@")
+    return arm, rate
 
 
 def _with_needs(run: Run) -> list[Run]:
